@@ -1,0 +1,106 @@
+# From a fresh Debian 12 with python3, gcc, make and git:
+#   make demo    three nodes, pinged, loaded and shown, then taken down again
+#   make test    the whole suite, network namespaces and etcd included
+# Both begin with `make setup`, which installs only what is missing and is quick when nothing is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := gcc iproute2 nftables iptables ethtool iputils-ping procps util-linux etcd-server etcd-client
+EXT := $(shell find ext -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+
+# $(call step,what,what to do if it fails): names the step before, and its remedy after a failure
+define step
+@step="$(1)" remedy="$(2)"
+finally() { :; }
+trap 'code=$$?; finally; [ $$code = 0 ] || echo "== FAILED: $$step. $$remedy" >&2' EXIT
+echo "== $$step"
+endef
+
+.PHONY: help setup packages demo test lint wheel clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+	echo "make setup   Debian packages, $(VENV), compiled extensions, $(BIN)/flanneld and $(BIN)/loden"
+	echo "make lint    ruff and mypy"
+	echo "make wheel   a wheel in dist/"
+	echo "make clean   remove what was built; $(VENV) stays"
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(call step,demo,Read the error above; 'sudo $(BIN)/loden lab up' and 'sudo $(BIN)/loden lab status' show more)
+	$(BIN)/loden lab demo
+
+test: lint
+	$(call step,pytest,Read its summary; '$(BIN)/pytest -x PATH' runs one file)
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+lint: setup
+	$(call step,ruff,'$(BIN)/ruff check --fix' mends some findings)
+	$(BIN)/ruff check .
+	step=mypy remedy="It names file and line"
+	echo "== $$step"
+	$(BIN)/mypy
+
+wheel: setup
+	$(call step,wheel,Read the compiler's message above)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	ls dist
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
+	find dataplane -name '*.so' -delete
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# --- setup -----------------------------------------------------------------------------------------------------
+
+# Looked at each time: dpkg-query is quick, and a package may have been removed since. etcd is for tests and labs, which
+# start their own; a service of it is neither started (policy-rc.d) nor left enabled, unless it was here before us.
+packages:
+	$(call step,Debian packages,)
+	remedy="Name one that is: make PYTHON=/path/to/python3.11"
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	missing=()
+	has() { [ "$$(dpkg-query -W -f '$${db:Status-Status}' "$$1" 2>/dev/null)" = installed ]; }
+	for package in $(PACKAGES); do has $$package || missing+=($$package); done
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+	$(PYTHON) -c 'import pathlib, sysconfig; assert pathlib.Path(sysconfig.get_path("include"), "Python.h").exists()' 2>/dev/null || missing+=(python3-dev)
+	[ $${#missing[@]} -gt 0 ] || exit 0
+	echo "missing: $${missing[*]}"
+	remedy="Only root may install them: sudo apt-get install $${missing[*]}"
+	[ "$$(id -u)" = 0 ]
+	remedy="Make the network and apt's sources work; then make setup again"
+	policy=/usr/sbin/policy-rc.d
+	finally() { rm -f $$policy; [ ! -e $$policy.before-loden ] || mv $$policy.before-loden $$policy; }
+	[ ! -e $$policy ] || [ -e $$policy.before-loden ] || mv $$policy $$policy.before-loden
+	printf '#!/bin/sh\nexit 101\n' > $$policy
+	chmod 755 $$policy
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -q
+	apt-get install -q -y --no-install-recommends "$${missing[@]}"
+	[[ " $${missing[*]} " != *" etcd-server "* ]] || systemctl --quiet disable etcd.service || [ ! -d /run/systemd/system ]
+
+$(VENV)/.made: | packages
+	$(call step,virtual environment $(VENV),Remove $(VENV) and try again)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml setup.py | packages
+	$(call step,Python packages and compiled extensions,Read pip's or the compiler's message above)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	touch $@
+
+# The editable install has compiled once; this does it again where a source is newer.
+$(VENV)/.built: $(VENV)/.installed $(EXT) | packages
+	$(call step,compiled extensions,Read the compiler's message above)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
