@@ -1,0 +1,243 @@
+"""Owns the engine: starts its pumps, gives them tables, reads their counters and events, stops them.
+
+Free of leases and of how a device or socket came to be. The only importer of the compiled engine. Runs on an event
+loop, which never touches a packet. Invariant: every route has a counter slot of its own, and a slot is used
+again only after both pumps have left every table that names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv4Network
+from typing import TYPE_CHECKING
+
+from dataplane._engine import Engine
+from dataplane._fib import Fib
+from dataplane.errors import DropReason, KernelError
+
+if TYPE_CHECKING:
+    from dataplane._engine import PumpCounters
+
+GATHER_SECONDS = 0.01
+"""How long changes are gathered before they are published together."""
+
+SWEEP_SECONDS = 1.0
+"""How often replaced tables are looked at, beside each publish."""
+
+STOP_SECONDS = 5.0
+MAX_ROUTES = 1 << 18
+"""Counter slots; memory that no peer uses is never touched."""
+
+_CHANGE = struct.Struct("=5I")
+
+
+class SourceCheck(IntEnum):
+    """How much of a datagram's claim is checked. Mirrors the CHECK_ constants of ext/dataplane/abi.pxd."""
+
+    OFF = 0
+    """Nothing, as flannel's udp backend."""
+    NODE = 1
+    """The outer source holds a lease; the inner source is in its subnet or is its public IP."""
+    STRICT = 2
+    """The outer source holds a lease; the inner source is in its subnet."""
+
+
+class PathEventKind(IntEnum):
+    """What the pumps report. Mirrors the EVENT_ constants of ext/dataplane/abi.pxd."""
+
+    DEVICE_GONE = 0
+    UNKNOWN_SOURCE = 1
+    SEND_FAILED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PathEvent:
+    """`address` is the outer address it is about; `value` an errno, or a number of datagrams for UNKNOWN_SOURCE."""
+
+    kind: PathEventKind
+    address: IPv4Address
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCounters:
+    """Inner packets and bytes to and from one peer; `*_last` in monotonic milliseconds, 0 for never."""
+
+    subnet: IPv4Network
+    address: IPv4Address
+    tx_packets: int
+    tx_bytes: int
+    tx_last: int
+    rx_packets: int
+    rx_bytes: int
+    rx_last: int
+
+
+@dataclass(frozen=True, slots=True)
+class PathStatistics:
+    """One reading of every counter. `drops` has every reason, also at 0."""
+
+    tx: PumpCounters
+    rx: PumpCounters
+    drops: dict[DropReason, int]
+    routes: tuple[RouteCounters, ...]
+
+
+@dataclass(slots=True)
+class _Route:
+    address: IPv4Address
+    slot: int
+
+
+class Datapath:
+    """The packet path of a TUN, a UDP and a raw socket, which stay the caller's to close, after `stop`."""
+
+    def __init__(
+        self,
+        tun: int,
+        udp: int,
+        icmp: int,
+        *,
+        port: int,
+        icmp_source: IPv4Address,
+        source_check: SourceCheck,
+        on_event: Callable[[PathEvent], None],
+    ) -> None:
+        """`port`: where peers listen. `icmp_source`: our address in the errors that pods get.
+
+        These go out through `icmp`: through the TUN the kernel would drop them as martians, since that address is
+        its own.
+        """
+        self._engine = Engine(
+            tun, udp, icmp, port=port, icmp_source=int(icmp_source), source_check=source_check, slots=MAX_ROUTES
+        )
+        self._on_event = on_event
+        self._fib = Fib()
+        self._routes: dict[IPv4Network, _Route] = {}
+        self._changes: dict[IPv4Network, bytes] = {}
+        self._leaving_slots: list[int] = []
+        self._retired_slots: list[tuple[int, list[int]]] = []
+        self._free_slots: list[int] = []
+        self._next_slot = 0
+        self._generation = 0
+        self._threads: list[threading.Thread] = []
+        self._publish_timer: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start both pumps and listen to their events, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._engine.event_fd, self._read_events)
+        for name, body in (("loden-tx", self._engine.transmit), ("loden-rx", self._engine.receive)):
+            thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self.publish()
+
+    def set_route(self, subnet: IPv4Network, address: IPv4Address) -> None:
+        """Packets for `subnet` go to the peer at `address`. Raises KernelError where there is no room for a route."""
+        route = self._routes.get(subnet)
+        if route is None:
+            route = self._routes[subnet] = _Route(address, self._take_slot(subnet))
+        route.address = address
+        self._change(
+            subnet, _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), int(address), route.slot, 0)
+        )
+
+    def remove_route(self, subnet: IPv4Network) -> None:
+        """Packets for `subnet` have nowhere to go; a subnet that has no route is no error."""
+        route = self._routes.pop(subnet, None)
+        if route is not None:
+            self._leaving_slots.append(route.slot)
+            self._change(subnet, _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), 0, 0, 1))
+
+    def publish(self) -> None:
+        """Give the pumps every gathered change now instead of within GATHER_SECONDS."""
+        if self._publish_timer is not None:
+            self._publish_timer.cancel()
+            self._publish_timer = None
+        if not self._changes:
+            return
+        self._fib = self._fib.updated(b"".join(self._changes.values()))
+        self._changes.clear()
+        self._generation = self._engine.publish(self._fib)
+        if self._leaving_slots:
+            self._retired_slots.append((self._generation, self._leaving_slots))
+            self._leaving_slots = []
+        self._sweep()
+
+    def statistics(self) -> PathStatistics:
+        """Every counter as of now."""
+        counters = self._engine.counters()
+        tx, rx = counters["tx"], counters["rx"]
+        return PathStatistics(
+            tx=tx,
+            rx=rx,
+            drops={reason: tx["drops"][reason] + rx["drops"][reason] for reason in DropReason},
+            routes=tuple(
+                RouteCounters(subnet, route.address, *self._engine.peer_counters(route.slot))
+                for subnet, route in self._routes.items()
+            ),
+        )
+
+    async def stop(self) -> None:
+        """Stop and join both pumps; afterwards nothing uses the descriptors. Safe to call twice."""
+        for timer in (self._publish_timer, self._sweep_timer):
+            if timer is not None:
+                timer.cancel()
+        self._publish_timer = self._sweep_timer = None
+        if not self._threads:
+            return
+        self._loop.remove_reader(self._engine.event_fd)
+        self._engine.stop()
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            await asyncio.to_thread(thread.join, STOP_SECONDS)
+            if thread.is_alive():
+                raise KernelError(f"the pump {thread.name} did not stop within {STOP_SECONDS:.0f} s")
+
+    def _change(self, subnet: IPv4Network, record: bytes) -> None:
+        self._changes[subnet] = record
+        if self._publish_timer is None and self._threads:
+            self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
+
+    def _take_slot(self, subnet: IPv4Network) -> int:
+        if self._free_slots:
+            slot = self._free_slots.pop()
+            self._engine.clear_slot(slot)
+            return slot
+        if self._next_slot == MAX_ROUTES:
+            raise KernelError(f"no room for a route to {subnet}: the path holds {MAX_ROUTES} routes already")
+        self._next_slot += 1
+        return self._next_slot - 1
+
+    def _sweep(self) -> None:
+        """Free the tables and slots that no pump uses any more; look again in a second where some are left."""
+        oldest = self._engine.oldest_generation()
+        kept = []
+        for generation, slots in self._retired_slots:
+            if generation <= oldest:
+                self._free_slots.extend(slots)
+            else:
+                kept.append((generation, slots))
+        self._retired_slots = kept
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        busy = oldest < self._generation
+        self._sweep_timer = self._loop.call_later(SWEEP_SECONDS, self._sweep) if busy else None
+
+    def _read_events(self) -> None:
+        for kind, address, value in self._engine.events():
+            self._on_event(PathEvent(PathEventKind(kind), IPv4Address(address), value))
+
+
+def _without_signals(body: Callable[[], None]) -> None:
+    """Signals are the event loop's business: a pump that a signal wakes would only lose time."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    body()

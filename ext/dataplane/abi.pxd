@@ -1,0 +1,139 @@
+# Owns every kernel and libc declaration that the packet path uses, and the constants that both sides of
+# the boundary share. Free of logic.
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+    ssize_t readv(int fd, const iovec* iov, int iovcnt)
+    ssize_t writev(int fd, const iovec* iov, int iovcnt)
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        void* msg_name
+        unsigned int msg_namelen
+        iovec* msg_iov
+        size_t msg_iovlen
+        void* msg_control
+        size_t msg_controllen
+        int msg_flags
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    struct timespec:
+        pass
+    int sendmmsg(int fd, mmsghdr* messages, unsigned int count, int flags)
+    int recvmmsg(int fd, mmsghdr* messages, unsigned int count, int flags, timespec* timeout)
+    struct sockaddr:
+        pass
+    ssize_t sendto(int fd, const void* data, size_t length, int flags, const sockaddr* to, unsigned int to_length)
+    int MSG_DONTWAIT
+    int MSG_TRUNC
+    int AF_INET
+
+cdef extern from "<netinet/in.h>" nogil:
+    struct in_addr:
+        uint32_t s_addr
+    struct sockaddr_in:
+        unsigned short sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    uint32_t htonl(uint32_t value)
+    uint32_t ntohl(uint32_t value)
+    uint16_t htons(uint16_t value)
+    uint16_t ntohs(uint16_t value)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout)
+    short POLLIN
+    short POLLOUT
+    short POLLERR
+    short POLLHUP
+    short POLLNVAL
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    int eventfd_write(int fd, uint64_t value)
+    int eventfd_read(int fd, uint64_t* value)
+    int EFD_NONBLOCK
+    int EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void* address, size_t length)
+    void* MAP_FAILED
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_PRIVATE
+    int MAP_ANONYMOUS
+
+cdef extern from "<time.h>" nogil:
+    struct clock_time "timespec":
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, clock_time* now)
+    int CLOCK_MONOTONIC_COARSE
+
+cdef extern from "<linux/virtio_net.h>" nogil:
+    # include/uapi/linux/virtio_net.h; a TUN with IFF_VNET_HDR puts it before every packet
+    struct virtio_net_hdr:
+        uint8_t flags
+        uint8_t gso_type
+        uint16_t hdr_len
+        uint16_t gso_size
+        uint16_t csum_start
+        uint16_t csum_offset
+
+cdef extern from * nogil:
+    """
+    #define loden_load(pointer) __atomic_load_n((pointer), __ATOMIC_SEQ_CST)
+    #define loden_store(pointer, value) __atomic_store_n((pointer), (value), __ATOMIC_SEQ_CST)
+    """
+    uint64_t load_u64 "loden_load" (uint64_t* pointer)
+    void store_u64 "loden_store" (uint64_t* pointer, uint64_t value)
+    void* load_pointer "loden_load" (void** pointer)
+    void store_pointer "loden_store" (void** pointer, void* value)
+
+cdef enum:
+    NO_PEER = 0xFFFFFFFF     # "none" for an index of a route in a table
+    BUFFER_BYTES = 65536     # more than any UDP payload and than any packet a TUN hands over
+
+cdef enum:                   # mirrors dataplane.errors.DropReason, value for value
+    DROP_NO_ROUTE = 0
+    DROP_NOT_IP = 1
+    DROP_LENGTH = 2
+    DROP_UNKNOWN_PEER = 3
+    DROP_SPOOFED_SOURCE = 4
+    DROP_SEND_FAILED = 5
+    DROP_TUN_WRITE = 6
+    DROP_REASONS = 7         # how many there are; also "not dropped"
+
+cdef enum source_check:
+    CHECK_OFF = 0            # anything from anybody, as flannel's udp backend
+    CHECK_NODE = 1           # known peer; inner source in its subnet or its public IP
+    CHECK_STRICT = 2         # known peer; inner source in its subnet
+
+cdef enum event_kind:
+    EVENT_DEVICE_GONE = 0    # value: errno of the TUN
+    EVENT_UNKNOWN_SOURCE = 1  # address: outer source; value: datagrams so far
+    EVENT_SEND_FAILED = 2    # address: outer destination; value: errno
+
+cdef struct path_event:
+    uint32_t kind
+    uint32_t address
+    uint64_t value
+
+cdef struct peer_counters:
+    uint64_t packets
+    uint64_t bytes
+    uint64_t last_ms         # CLOCK_MONOTONIC, milliseconds
+    uint64_t padding

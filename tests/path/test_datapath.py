@@ -1,0 +1,364 @@
+"""The pumps from memory to memory: a datagram socket pair stands for the TUN, loopback for the underlay.
+
+Real TUN devices and namespaces are in tests/netns; here each packet and each counter is looked at alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from scapy.layers.inet import IP, UDP
+
+from dataplane.errors import DropReason
+from dataplane.kernel import underlay
+from dataplane.path import datapath, wire
+from dataplane.path.datapath import Datapath, PathEvent, PathEventKind, SourceCheck
+from tests.namespaces import open_namespace
+
+HEADER = bytes(10)  # struct virtio_net_hdr with nothing asked for
+LOCAL = IPv4Address("127.0.0.1")
+PEER = IPv4Address("127.0.0.2")
+OURS = IPv4Network("10.5.1.0/24")
+THEIRS = IPv4Network("10.5.2.0/24")
+
+
+class Rig:
+    """One datapath, the pods' side of its TUN, and one peer's socket."""
+
+    def __init__(self, check: SourceCheck, icmp: socket.socket | None = None) -> None:
+        """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
+        self.pods, self._tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._tun.setblocking(False)
+        self.pods.settimeout(5)
+        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._udp.bind((str(LOCAL), 0))
+        self.port = self._udp.getsockname()[1]
+        self._udp.setblocking(False)
+        self._icmp = icmp or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.peer = self.node(PEER)
+        self.events: list[PathEvent] = []
+        self.path = Datapath(
+            self._tun.fileno(),
+            self._udp.fileno(),
+            self._icmp.fileno(),
+            port=self.port,
+            icmp_source=OURS.network_address,
+            source_check=check,
+            on_event=self.events.append,
+        )
+
+    def node(self, address: IPv4Address) -> socket.socket:
+        node = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        node.bind((str(address), self.port))
+        node.settimeout(5)
+        return node
+
+    def send_from_pod(self, packet: bytes) -> None:
+        self.pods.send(HEADER + packet)
+
+    def read_at_pod(self) -> bytes:
+        got = self.pods.recv(70000)
+        assert got[:10] == HEADER
+        return got[10:]
+
+    def send_from_peer(self, datagram: bytes, node: socket.socket | None = None) -> None:
+        (node or self.peer).sendto(datagram, (str(LOCAL), self.port))
+
+    def drops(self) -> dict[DropReason, int]:
+        return {reason: count for reason, count in self.path.statistics().drops.items() if count}
+
+    async def until(self, *, drops: dict[DropReason, int]) -> None:
+        for _ in range(500):
+            if self.drops() == drops:
+                return
+            await asyncio.sleep(0.01)
+        assert self.drops() == drops
+
+    async def close(self) -> None:
+        await self.path.stop()
+        for end in (self.pods, self._tun, self._udp, self._icmp, self.peer):
+            end.close()
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async for made in running(SourceCheck.NODE):
+        yield made
+
+
+async def running(check: SourceCheck, icmp: socket.socket | None = None) -> AsyncIterator[Rig]:
+    made = Rig(check, icmp)
+    made.path.set_route(THEIRS, PEER)
+    made.path.start()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def packet(source: str, destination: str, payload: bytes = b"hello") -> bytes:
+    return bytes(IP(src=source, dst=destination, ttl=63) / UDP(sport=1000, dport=2000) / payload)
+
+
+async def test_a_packet_leaves_as_it_is_in_a_datagram(rig: Rig) -> None:
+    sent = packet("10.5.1.2", "10.5.2.9")
+    rig.send_from_pod(sent)
+    datagram, source = rig.peer.recvfrom(70000)
+    assert datagram == sent
+    assert source == (str(LOCAL), rig.port)
+
+
+async def test_a_datagram_arrives_as_it_is_at_the_pod(rig: Rig) -> None:
+    sent = packet("10.5.2.9", "10.5.1.2")
+    rig.send_from_peer(sent)
+    assert rig.read_at_pod() == sent
+
+
+@pytest.mark.parametrize("size", [20, 21, 1472, 9000, 65507])
+async def test_every_size_passes_both_ways(rig: Rig, size: int) -> None:
+    """65,507 bytes is the most that a datagram holds; what is longer than the TUN's MTU is delivered whole."""
+    header = bytes(IP(src="10.5.2.9", dst="10.5.1.2", len=size, proto=253))
+    sent = header + os.urandom(size - 20)
+    rig.send_from_peer(sent)
+    assert rig.read_at_pod() == sent
+    back = bytes(IP(src="10.5.1.2", dst="10.5.2.9", len=size, proto=253)) + sent[20:]
+    rig.send_from_pod(back)
+    assert rig.peer.recv(70000) == back
+
+
+async def test_bytes_behind_the_inner_packet_are_trimmed(rig: Rig) -> None:
+    sent = packet("10.5.2.9", "10.5.1.2")
+    rig.send_from_peer(sent + bytes(7))
+    assert rig.read_at_pod() == sent
+
+
+async def test_counters_are_exact(rig: Rig) -> None:
+    out, back = packet("10.5.1.2", "10.5.2.9", b"x" * 100), packet("10.5.2.9", "10.5.1.2", b"y" * 50)
+    for _ in range(7):
+        rig.send_from_pod(out)
+        rig.peer.recv(70000)
+    for _ in range(5):
+        rig.send_from_peer(back)
+        rig.read_at_pod()
+    await asyncio.sleep(0.1)
+    statistics = rig.path.statistics()
+    (route,) = statistics.routes
+    assert (route.subnet, route.address) == (THEIRS, PEER)
+    assert (route.tx_packets, route.tx_bytes) == (7, 7 * len(out))
+    assert (route.rx_packets, route.rx_bytes) == (5, 5 * len(back))
+    assert route.tx_last > 0
+    assert route.rx_last > 0
+    assert (statistics.tx["packets"], statistics.rx["packets"]) == (7, 5)
+    assert not rig.drops()
+
+
+def unreachable_answers(lost: list[bytes]) -> tuple[list[bytes], dict[DropReason, int], int]:
+    """Send packets that no lease covers; run this inside a namespace, where the pod's address is our own."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    listener.setblocking(False)
+
+    async def scenario() -> tuple[dict[DropReason, int], int]:
+        async for rig in running(SourceCheck.NODE, underlay.open_icmp()):
+            for packet in lost:
+                rig.send_from_pod(packet)
+            await rig.until(drops={DropReason.NO_ROUTE: len(lost)})
+            return rig.drops(), rig.path.statistics().tx["icmp_errors"]
+        raise AssertionError
+
+    drops, errors = asyncio.run(scenario())
+    answers = []
+    with contextlib.suppress(BlockingIOError), listener:
+        while True:
+            answers.append(listener.recv(2000))
+    return answers, drops, errors
+
+
+def without_id(answer: bytes) -> bytes:
+    """A raw socket's packet without the identification that the kernel gives it, and its checksum."""
+    return answer[:4] + b"\0\0" + answer[6:10] + b"\0\0" + answer[12:]
+
+
+@pytest.mark.netns
+def test_no_route_is_answered_with_net_unreachable() -> None:
+    lost = packet("10.5.1.2", "10.5.77.1")
+    with open_namespace() as node:
+        node.command("ip", "address", "add", "10.5.1.2/24", "dev", "lo")
+        node.command("ip", "address", "add", f"{OURS.network_address}/32", "dev", "lo")
+        answers, drops, errors = node.run(unreachable_answers, [lost])
+    expected = wire.icmp_unreachable(OURS.network_address, lost)
+    assert expected is not None
+    assert [without_id(answer) for answer in answers] == [without_id(expected)]
+    assert (drops, errors) == ({DropReason.NO_ROUTE: 1}, 1)
+
+
+@pytest.mark.netns
+def test_icmp_errors_are_rate_limited() -> None:
+    with open_namespace() as node:
+        node.command("ip", "address", "add", "10.5.1.2/24", "dev", "lo")
+        answers, _, errors = node.run(unreachable_answers, [packet("10.5.1.2", "10.5.77.1")] * 400)
+    assert 1 <= errors < 400
+    assert len(answers) == errors
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        (b"", DropReason.NOT_IP),
+        (b"E", DropReason.NOT_IP),
+        (b"hello, world: this is no packet", DropReason.NOT_IP),
+        (packet("10.5.2.9", "10.5.1.2")[:-1], DropReason.LENGTH),
+        (b"\x44" + packet("10.5.2.9", "10.5.1.2")[1:], DropReason.NOT_IP),
+        (b"\x4f" + packet("10.5.2.9", "10.5.1.2", b"")[1:], DropReason.LENGTH),
+        (b"\x60" + bytes(60), DropReason.NOT_IP),
+        (packet("10.5.3.9", "10.5.1.2"), DropReason.SPOOFED_SOURCE),
+        (packet("10.5.1.9", "10.5.1.2"), DropReason.SPOOFED_SOURCE),
+    ],
+)
+async def test_a_bad_datagram_is_one_counted_drop_and_nothing_else(
+    rig: Rig, datagram: bytes, reason: DropReason
+) -> None:
+    good = packet("10.5.2.9", "10.5.1.2")
+    rig.send_from_peer(datagram)
+    rig.send_from_peer(good)
+    assert rig.read_at_pod() == good
+    assert rig.drops() == {reason: 1}
+
+
+async def test_a_stranger_is_dropped_counted_and_named(rig: Rig) -> None:
+    stranger = rig.node(IPv4Address("127.0.0.3"))
+    for _ in range(10):
+        rig.send_from_peer(packet("10.5.2.9", "10.5.1.2"), stranger)
+    await rig.until(drops={DropReason.UNKNOWN_PEER: 10})
+    stranger.close()
+    await asyncio.sleep(0.05)
+    assert rig.events == [PathEvent(PathEventKind.UNKNOWN_SOURCE, IPv4Address("127.0.0.3"), 1)]
+
+
+async def test_a_node_may_use_its_public_ip_unless_the_check_is_strict() -> None:
+    from_host = packet(str(PEER), "10.5.1.2")
+    async for rig in running(SourceCheck.NODE):
+        rig.send_from_peer(from_host)
+        assert rig.read_at_pod() == from_host
+    async for rig in running(SourceCheck.STRICT):
+        rig.send_from_peer(from_host)
+        await rig.until(drops={DropReason.SPOOFED_SOURCE: 1})
+
+
+async def test_without_a_check_anybody_may_send_anything() -> None:
+    async for rig in running(SourceCheck.OFF):
+        stranger = rig.node(IPv4Address("127.0.0.3"))
+        rig.send_from_peer(packet("1.2.3.4", "10.5.1.2"), stranger)
+        assert rig.read_at_pod() == packet("1.2.3.4", "10.5.1.2")
+        stranger.close()
+
+
+async def test_two_subnets_of_one_node_are_both_its_own(rig: Rig) -> None:
+    rig.path.set_route(IPv4Network("10.5.3.0/24"), PEER)
+    rig.path.publish()
+    for source in ("10.5.2.9", "10.5.3.9"):
+        rig.send_from_peer(packet(source, "10.5.1.2"))
+        assert rig.read_at_pod() == packet(source, "10.5.1.2")
+
+
+async def test_longest_prefix_wins_and_changes_follow(rig: Rig) -> None:
+    other = rig.node(IPv4Address("127.0.0.3"))
+    rig.path.set_route(IPv4Network("10.5.2.128/25"), IPv4Address("127.0.0.3"))
+    rig.path.publish()
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.200"))
+    assert other.recv(70000) == packet("10.5.1.2", "10.5.2.200")
+    rig.path.remove_route(IPv4Network("10.5.2.128/25"))
+    rig.path.publish()
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.200"))
+    assert rig.peer.recv(70000) == packet("10.5.1.2", "10.5.2.200")
+    other.close()
+
+
+async def test_changes_are_published_by_themselves(rig: Rig) -> None:
+    rig.path.remove_route(THEIRS)
+    await asyncio.sleep(datapath.GATHER_SECONDS * 5)
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+    await rig.until(drops={DropReason.NO_ROUTE: 1})
+
+
+async def test_a_slot_is_used_again_with_its_counters_at_zero(rig: Rig) -> None:
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+    rig.peer.recv(70000)
+    rig.path.remove_route(THEIRS)
+    rig.path.publish()
+    await asyncio.sleep(datapath.SWEEP_SECONDS * 1.5)
+    rig.path.set_route(IPv4Network("10.5.4.0/24"), PEER)
+    rig.path.publish()
+    (route,) = rig.path.statistics().routes
+    assert route.tx_packets == 0
+    assert rig.path._next_slot == 1
+
+
+async def test_a_datagram_that_the_kernel_refuses_costs_only_itself(rig: Rig) -> None:
+    """255.255.255.255 needs SO_BROADCAST: the kernel answers EACCES for it, in the middle of a batch."""
+    rig.path.set_route(IPv4Network("10.5.9.0/24"), IPv4Address("255.255.255.255"))
+    rig.path.publish()
+    for _ in range(3):
+        rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+        rig.send_from_pod(packet("10.5.1.2", "10.5.9.9"))
+    for _ in range(3):
+        assert rig.peer.recv(70000) == packet("10.5.1.2", "10.5.2.9")
+    await rig.until(drops={DropReason.SEND_FAILED: 3})
+    await asyncio.sleep(0.05)
+    assert {event.kind for event in rig.events} == {PathEventKind.SEND_FAILED}
+    assert {event.address for event in rig.events} == {IPv4Address("255.255.255.255")}
+
+
+async def test_packets_pass_while_a_thread_holds_the_gil(rig: Rig) -> None:
+    """The pumps never take the GIL: what was sent while nobody could run Python has crossed when it is let go."""
+    for _ in range(8):
+        rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+        rig.peer.recv(70000)
+    before = rig.path.statistics().tx["packets"]
+    libc = ctypes.PyDLL(None)  # PyDLL keeps the GIL during the call
+    raw = socket.socket(fileno=os.dup(rig.pods.fileno()))
+    message = HEADER + packet("10.5.1.2", "10.5.2.9")
+    libc.send(raw.fileno(), message, len(message), 0)
+    libc.usleep(200_000)
+    assert rig.path.statistics().tx["packets"] == before + 1
+    raw.close()
+
+
+async def test_publishing_under_traffic_loses_nothing(rig: Rig) -> None:
+    count = 3000
+    received = list[bytes]()
+
+    def collect() -> None:
+        received.extend(rig.peer.recv(70000) for _ in range(count))
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    for i in range(count):
+        rig.send_from_pod(packet("10.5.1.2", "10.5.2.9", i.to_bytes(4)))
+        if i % 3 == 0:
+            rig.path.set_route(IPv4Network((0x0A640000 + (i << 8), 24)), PEER)
+            rig.path.publish()
+        if i % 50 == 0:
+            await asyncio.sleep(0.005)
+    collector.join(10)
+    assert [int.from_bytes(datagram[28:32]) for datagram in received] == list(range(count))
+    assert not rig.drops()
+
+
+async def test_stop_is_quick_idempotent_and_leaves_no_thread() -> None:
+    made = Rig(SourceCheck.NODE)
+    made.path.start()
+    before = time.monotonic()
+    await made.path.stop()
+    await made.path.stop()
+    assert time.monotonic() - before < datapath.STOP_SECONDS
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loden-")]
+    await made.close()
