@@ -1,0 +1,423 @@
+"""Owns the talk with the lease store for one network: get a lease, keep it, follow those of the peers.
+
+Free of: decisions. What is a peer decides `table`, which subnet to ask for `allocate`, what to do about our own key
+`ownership`; here is when to ask the store, and what the log says. Invariant: every write of our own and every look at
+what the store says happens under one lock, so facts reach table and ownership in an order that the store could tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from random import Random
+from typing import TypeVar
+
+from dataplane.errors import ConfigError, HistoryGone, StoreError, StoreUnavailable
+from dataplane.lease import texts
+from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, SubnetRange, Take, Wish, plan
+from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
+from dataplane.lease.ownership import Finding, Ownership, Standing
+from dataplane.lease.retry import Backoff, LogBudget, LogGate
+from dataplane.lease.store import Entry, LeaseStore
+from dataplane.lease.table import LeaseTable, Update
+from dataplane.netconf import NetworkConfig
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+Sleep = Callable[[float], Awaitable[None]]
+
+WIPED_STORE_GRACE = 600.0
+"""Seconds for which the peers that a wiped store has lost are kept: their daemons put them back."""
+
+_RENEWAL_RETRY = 60.0
+_RACE_PAUSE = 0.5
+_AUDIT_AFTER = 60.0
+
+
+@dataclass(slots=True)
+class KeeperCounters:
+    """Since the start of the keeper."""
+
+    events: int = 0
+    resyncs: int = 0
+    interruptions: int = 0
+    renewals: int = 0
+    put_backs: int = 0
+    lost_races: int = 0
+
+
+async def fetch_config(
+    store: LeaseStore,
+    parse: Callable[[bytes], T],
+    *,
+    rng: Random,
+    clock: Clock = time.monotonic,
+    sleep: Sleep = asyncio.sleep,
+) -> T:
+    """The network's config as `parse` reads it (which raises ConfigError). Tries for ever, and says why."""
+    backoff = Backoff(1.0, 5.0, rng, growth=1.3)
+    gate = LogGate()
+    while True:
+        try:
+            text = await store.read_config()
+            if text is not None:
+                return parse(text)
+            trouble = texts.config_missing(store.name)
+        except (StoreError, ConfigError) as error:
+            trouble = str(error)
+        if gate.passes(trouble, clock()):
+            log.error("Couldn't fetch network config: %s", trouble)
+        await sleep(backoff.next())
+
+
+class LeaseKeeper:
+    """One node's lease and its view of the others. `acquire` once, then `run` once, until it is cancelled.
+
+    `on_events` is awaited with peer events in order; whatever it raises ends `run`. `on_own` is called with each new
+    state of our own lease. A stop revokes nothing (facts 1.5). `grace`: see WIPED_STORE_GRACE.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        config: NetworkConfig,
+        attrs: LeaseAttrs,
+        *,
+        claim: Claim | None = None,
+        previous: LeaseKey | None = None,
+        renew_margin: float,
+        on_events: Callable[[Sequence[LeaseEvent]], Awaitable[None]],
+        on_own: Callable[[Lease], None],
+        rng: Random,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+        grace: float = WIPED_STORE_GRACE,
+    ) -> None:
+        if config.network is None:
+            raise ConfigError("the lease keeper needs an IPv4 Network: keys in the store begin with an IPv4 subnet")
+        self._store = store
+        self._attrs = attrs
+        self._wish = Wish(_range_v4(config), attrs.public_ip, _range_v6(config), claim, previous)
+        self._renew_margin = renew_margin
+        self._on_events = on_events
+        self._on_own = on_own
+        self._rng = rng
+        self._clock = clock
+        self._sleep = sleep
+        self._grace = grace
+        self._grace_until: float | None = None
+        self._audit_at: float | None = None
+        self._table = LeaseTable(config.network, config.ipv6_network, own_ip=attrs.public_ip)
+        self._own: Ownership | None = None
+        self._turn = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._gate = LogGate()
+        self._rejection_lines = LogBudget(20, seconds=3.0)
+        self.store_error = ""
+        """The trouble with the store at this moment, empty when there is none."""
+        self.counters = KeeperCounters()
+
+    @property
+    def own(self) -> Lease | None:
+        """Our lease as we last held it."""
+        return None if self._own is None else self._own.lease
+
+    @property
+    def fenced(self) -> bool:
+        """Another node has our key: nothing is written until it is free again."""
+        return self._own is not None and self._own.standing is Standing.TAKEN
+
+    @property
+    def healthy(self) -> bool:
+        """Our lease's TTL still runs, and no other daemon writes our key: see Ownership for what ends a TWIN."""
+        if self._own is None or self._own.standing in (Standing.TAKEN, Standing.TWIN):
+            return False
+        return self._own.expires_at is None or self._clock() < self._own.expires_at
+
+    @property
+    def expires_at(self) -> float | None:
+        """Clock value at which our last write runs out; None for a reservation or without a lease."""
+        return None if self._own is None else self._own.expires_at
+
+    @property
+    def peers(self) -> Mapping[str, Lease]:
+        """The leases that are obeyed, by key text."""
+        return self._table.peers
+
+    @property
+    def rejected(self) -> dict[str, str]:
+        """Why keys in the store are not obeyed, by key text."""
+        return self._table.rejected
+
+    async def acquire(self) -> Lease:
+        """Get a lease, however long the store or a race takes. Raises LeaseError when no subnet is free."""
+        backoff = Backoff(1.0, 5.0, self._rng, growth=1.3)
+        while True:
+            try:
+                lease = await self._attempt()
+            except StoreError as error:
+                self._trouble("Couldn't acquire lease", error)
+                await self._sleep(backoff.next())
+                continue
+            self._fine()
+            if lease is not None:
+                return lease
+            await self._sleep(self._rng.uniform(0.0, _RACE_PAUSE))
+
+    async def _attempt(self) -> Lease | None:
+        """One look and one write; None if the look has to be repeated."""
+        snapshot = await self._store.snapshot()
+        step = plan(snapshot.entries, self._wish, self._rng)
+        started = self._clock()
+        match step:
+            case Discard(entry):
+                log.warning("Found lease %s of this node that does not fit the network config, deleting it", entry.key)
+                await self._store.delete(entry.key, expected=entry.mod_revision)
+                return None
+            case Reuse(entry, key, proof):
+                words = "current IP" if proof is Proof.PUBLIC_IP else "this node under its former IP, now"
+                log.info("Found lease (%s) for %s (%s), reusing", texts.families(key), words, self._attrs.public_ip)
+                ttl = None if entry.reserved else LEASE_TTL
+                written = await self._store.replace(entry.key, self._attrs.encode(), ttl, expected=entry.mod_revision)
+            case Take(key, previous):
+                if previous:
+                    log.info("Found previously leased subnet (%s), reusing", key.subnet)
+                else:
+                    log.info("Picking subnet in range %s ... %s", self._wish.subnets.first, self._wish.subnets.last)
+                # should the answer be lost, the next attempt asks for the same key, not for a second one
+                self._wish = replace(self._wish, previous=key)
+                written = await self._store.create(str(key), self._attrs.encode(), LEASE_TTL)
+        if written is None:
+            self.counters.lost_races += 1
+            log.warning("Another node was faster with lease %s, trying again", key)
+            return None
+        log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.public_ip)
+        self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
+        self._table.set_own(written.key)
+        self._on_own(self._own.lease)
+        return self._own.lease
+
+    async def run(self) -> None:
+        """Keep the lease and deliver the peers' until cancelled. Only an error of `on_events` ends it otherwise."""
+        if self._own is None:
+            raise RuntimeError("acquire comes before run")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow(self._own))
+                tasks.create_task(self._upkeep(self._own))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from group
+
+    async def _follow(self, own: Ownership) -> None:
+        backoff = Backoff(0.1, 5.0, self._rng)
+        look = True
+        while True:
+            try:
+                if look:
+                    async with self._turn:
+                        await self._resync(own)
+                    look = False
+                    log.info("Watching for new subnet leases")
+                else:
+                    # a watch on a quiet store says nothing: only an answer tells that the store is back
+                    await self._store.read_config()
+                    self._fine()
+                await self._watch(own, backoff)
+            except HistoryGone as error:
+                look = True
+                log.info("Taking a new snapshot of the leases: %s", error)
+            except StoreError as error:
+                self._trouble("The watch of the leases was interrupted", error)
+            self.counters.interruptions += 1
+            if self._audit_at is None:
+                # a store that was wiped meanwhile may have counted past our revision: a snapshot shows it
+                self._audit_at = self._clock() + _AUDIT_AFTER
+                self._wake.set()
+            await self._sleep(backoff.next())
+
+    async def _watch(self, own: Ownership, backoff: Backoff) -> None:
+        stream = self._store.watch(self._table.revision)
+        try:
+            async for batch in stream:
+                backoff.reset()
+                async with self._turn:
+                    self._fine()
+                    await self._deliver(own, self._table.apply(batch), certain=False)
+        finally:
+            if isinstance(stream, AsyncGenerator):
+                await stream.aclose()
+        raise StoreUnavailable(f"{self._store.name} ended the watch")
+
+    async def _resync(self, own: Ownership) -> None:
+        """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""
+        snapshot = await self._store.snapshot()
+        self._fine()
+        self.counters.resyncs += 1
+        # reads are linearizable, so a revision below a known one is the start of another history
+        restarted = snapshot.revision < max(self._table.revision, own.revision)
+        # nothing there that we could have known: wiped, even if some nodes have put theirs back already
+        wiped = restarted or all(entry.create_revision > self._table.revision for entry in snapshot.entries)
+        if self._grace_until is None and self._table.peers and wiped:
+            self._grace_until = self._clock() + self._grace
+            self._wake.set()
+            log.error("%s", texts.wiped(self._store.name, len(self._table.peers), self._grace))
+        in_grace = self._grace_until is not None and self._clock() < self._grace_until
+        update = self._table.reset(snapshot, restarted=restarted, keep_missing=in_grace)
+        if not self._table.missing:
+            self._grace_until = None
+        self._audit_at = None
+        await self._deliver(own, update, certain=True)
+
+    async def _deliver(self, own: Ownership, update: Update, *, certain: bool) -> None:
+        if update.own is not None:
+            before = own.lease
+            finding = own.observe(update.own, self._clock(), certain=certain)
+            if finding is not None:
+                self._wake.set()
+                self._say_finding(own, finding)
+            if own.lease != before:
+                self._on_own(own.lease)
+        for rejection in update.rejections:
+            if not rejection.again and self._rejection_lines.passes(self._clock()):
+                log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
+        if update.events:
+            self.counters.events += len(update.events)
+            for line in texts.event_lines(update.events):
+                log.info("%s", line)
+            await self._on_events(update.events)
+
+    async def _upkeep(self, own: Ownership) -> None:
+        """Write our lease when that is due; look at all leases when a grace ends, or some time after a break."""
+        backoff = Backoff(0.1, 5.0, self._rng)
+        announced: float | None = None
+        while True:
+            due, now = self._due(own), self._clock()
+            if due is None or due > now:
+                backoff.reset()
+                renewal = own.due()
+                if renewal is not None and renewal != announced:
+                    announced = renewal
+                    log.info("Waiting for %s to renew lease", texts.duration(renewal - now))
+                await self._pause(None if due is None else due - now)
+                continue
+            putting_back = own.standing is Standing.FREE
+            try:
+                async with self._turn:
+                    await self._act(own)
+            except StoreError as error:
+                if not putting_back:
+                    self._say_postponed(error, renewal=own.due() == due)
+                    await self._pause(_RENEWAL_RETRY)
+                    continue
+                self._trouble("Couldn't put our lease back", error)
+            if self._due(own) == due:
+                await self._pause(backoff.next())
+
+    def _due(self, own: Ownership) -> float | None:
+        times = [at for at in (own.due(), self._grace_until, self._audit_at) if at is not None]
+        return min(times, default=None)
+
+    async def _act(self, own: Ownership) -> None:
+        """Do what is due; the turn is ours."""
+        now = self._clock()
+        due = own.due()
+        if due is not None and due <= now:
+            await self._put(own)
+        elif any(at is not None and at <= now for at in (self._grace_until, self._audit_at)):
+            await self._resync(own)
+
+    async def _put(self, own: Ownership) -> None:
+        started, back = self._clock(), own.standing is Standing.FREE
+        try:
+            written = await self._write(own)
+        except StoreError:
+            own.in_doubt(started)
+            raise
+        self._fine()
+        if written is None:
+            self.counters.lost_races += 1
+            await self._resync(own)
+            return
+        own.wrote(written, started)
+        if back:
+            self.counters.put_backs += 1
+            log.warning("Lease %s was put back", own.text)
+        else:
+            self.counters.renewals += 1
+            log.info("Lease renewed, new expiration: %s", _wall_time(own.expires_at, started))
+        self._on_own(own.lease)
+
+    async def _write(self, own: Ownership) -> Entry | None:
+        if own.expected is None:
+            return await self._store.create(own.text, own.value, own.ttl)
+        return await self._store.replace(own.text, own.value, own.ttl, expected=own.expected)
+
+    async def _pause(self, seconds: float | None) -> None:
+        """Until the time is over, or something about our lease is news."""
+        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(self._wake.wait())]
+        if seconds is not None:
+            waits.append(asyncio.ensure_future(self._sleep(seconds)))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self._wake.clear()
+
+    def _trouble(self, what: str, error: StoreError) -> None:
+        self.store_error = str(error)
+        if self._gate.passes(str(error), self._clock()):
+            log.warning("%s: %s", what, error)
+
+    def _say_postponed(self, error: StoreError, *, renewal: bool) -> None:
+        if renewal:
+            self.store_error = str(error)
+            log.error("Error renewing lease (trying again in 1 min): %s", error)
+        else:
+            self._trouble("Couldn't look at the leases", error)
+
+    def _fine(self) -> None:
+        self.store_error = ""
+        if self._gate.calm():
+            log.info("The lease store %s answers again", self._store.name)
+
+    def _say_finding(self, own: Ownership, finding: Finding) -> None:
+        key, store, ip = own.text, self._store.name, self._attrs.public_ip
+        match finding:
+            case Finding.GONE:
+                log.error("Our lease %s is gone from %s (deleted or expired): putting it back", key, store)
+            case Finding.FREED:
+                log.warning("Our lease %s is free again in %s: putting it back", key, store)
+            case Finding.TAKEN:
+                log.error("%s", texts.taken(key, store, own.holder, ip))
+            case Finding.TWIN:
+                log.error("%s", texts.twin(key, store, ip))
+            case Finding.ADOPTED:
+                kind = "a reservation without expiry" if own.expires_at is None else "what the store brought back"
+                log.warning("Our lease %s was written by others and names this node (%s): kept as %s", key, ip, kind)
+
+
+def _range_v4(config: NetworkConfig) -> SubnetRange:
+    network, first, last = config.network, config.subnet_min, config.subnet_max
+    if network is None or first is None or last is None:
+        raise ConfigError("the network config names no IPv4 subnets")
+    return SubnetRange(network, config.subnet_len, first, last)
+
+
+def _range_v6(config: NetworkConfig) -> SubnetRange | None:
+    network, first, last = config.ipv6_network, config.ipv6_subnet_min, config.ipv6_subnet_max
+    if not config.enable_ipv6 or network is None or first is None or last is None:
+        return None
+    return SubnetRange(network, config.ipv6_subnet_len, first, last)
+
+
+def _wall_time(at: float | None, now: float) -> str:
+    if at is None:
+        return "never (a reservation)"
+    return (datetime.now(UTC) + timedelta(seconds=at - now)).strftime("%Y-%m-%d %H:%M:%S +0000 UTC")

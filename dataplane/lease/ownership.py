@@ -1,0 +1,160 @@
+"""Owns what this node believes about its own lease, and when it has to write it.
+
+Free of: IO, clocks, logging; `now` is an argument (monotonic seconds). Invariant: a write that this file asks for can
+only make the key where it is absent, or replace the very entry that it last knew to be this node's own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from dataplane.errors import LeaseInvalid
+from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseKey
+from dataplane.lease.store import Deleted, Entry
+
+_LEAST_TTL_BEFORE_RENEWAL = 60.0
+"""Whatever the margin, a fresh lease rests that long: a margin near the TTL must not become a storm of writes."""
+
+
+class Standing(Enum):
+    """How our key stands in the store, as far as we know."""
+
+    HELD = "held"
+    """By us, or by an entry that we adopted."""
+    FREE = "free"
+    """Deleted or expired: it has to be put back."""
+    TAKEN = "taken"
+    """The entry names another node, or nothing that can be read: we are fenced and never write over it."""
+    TWIN = "twin"
+    """The entry names our public IP, has a TTL, and is not our write: another live daemon runs at our address."""
+
+
+class Finding(Enum):
+    """What a fact about our key has changed; worth a line in the log."""
+
+    GONE = "gone"
+    FREED = "freed"
+    """It was another's, and is free again."""
+    TAKEN = "taken"
+    TWIN = "twin"
+    ADOPTED = "adopted"
+    """The entry is not our write, and ours all the same: a reservation, or what a store brought back from a backup."""
+
+
+class Ownership:
+    """Facts in (`observe`, `wrote`, `in_doubt`), standing and the time of the next write out.
+
+    The watch's echo of our own write, however late, changes nothing. TWIN lasts until the foreign entry is gone
+    (deleted, or expired because its writer stopped) or this daemon is started again, which takes the entry over by its
+    public IP; until then this daemon does not write, so that two daemons never fight over one key.
+    """
+
+    def __init__(self, entry: Entry, key: LeaseKey, attrs: LeaseAttrs, *, renew_margin: float, written: float) -> None:
+        self.key = key
+        self.text = entry.key
+        self.attrs = attrs
+        self.value = attrs.encode()
+        self.standing = Standing.HELD
+        self.holder = ""
+        """Who has our key while it is TAKEN: a public IP, or what is wrong with the value."""
+        self.expires_at: float | None = None
+        """When the TTL of our last write runs out; None for a reservation."""
+        self.revision = 0
+        """The newest that is known about our key."""
+        self._margin = min(renew_margin, LEASE_TTL - _LEAST_TTL_BEFORE_RENEWAL)
+        self._entry = entry
+        self._doubt: float | None = None
+        self._rewrite = False
+        self.wrote(entry, written)
+
+    @property
+    def lease(self) -> Lease:
+        """Our lease as we last held it."""
+        entry = self._entry
+        return Lease(self.key, self.attrs, entry.create_revision, entry.mod_revision, entry.reserved)
+
+    @property
+    def expected(self) -> int | None:
+        """What the next write replaces: the mod_revision of our entry, or None for an absent key."""
+        return self._entry.mod_revision if self.standing is Standing.HELD else None
+
+    @property
+    def ttl(self) -> int | None:
+        """TTL of the next write: a reservation stays one."""
+        return None if self.standing is Standing.HELD and self._entry.reserved else LEASE_TTL
+
+    def due(self) -> float | None:
+        """When the next write is to be made; None while there is none to make."""
+        if self.standing is Standing.FREE or (self.standing is Standing.HELD and self._rewrite):
+            return float("-inf")
+        if self.standing is Standing.HELD and self.expires_at is not None:
+            return self.expires_at - self._margin
+        return None
+
+    def wrote(self, entry: Entry, started: float) -> None:
+        """Our write that was begun at `started` succeeded."""
+        self._hold(entry, None if entry.reserved else started + LEASE_TTL)
+
+    def in_doubt(self, started: float) -> None:
+        """Our write that was begun at `started` failed, and the store may have made it all the same."""
+        self._doubt = started
+
+    def observe(self, fact: Entry | Deleted, now: float, *, certain: bool) -> Finding | None:
+        """Follow what the store says about our key.
+
+        `certain`: it is so at this moment, from a snapshot that no write of ours has overtaken. Otherwise it comes from
+        a watch, and is old if its revision is not above what is known.
+        """
+        revision = fact.revision if isinstance(fact, Deleted) else fact.mod_revision
+        known = self.revision
+        if revision <= known and not certain:
+            return None
+        if self.standing is Standing.HELD and fact == self._entry:
+            return None
+        self.revision = revision
+        if isinstance(fact, Deleted):
+            return self._gone()
+        try:
+            public_ip = LeaseAttrs.decode(fact.value).public_ip
+        except LeaseInvalid as error:
+            return self._taken(str(error))
+        if public_ip != self.attrs.public_ip:
+            return self._taken(str(public_ip))
+        # an entry that is certain and older than what was known: the store lives in another history, from a backup
+        return self._named(fact, now, restored=revision <= known)
+
+    def _gone(self) -> Finding | None:
+        before, self.standing = self.standing, Standing.FREE
+        if before is Standing.FREE:
+            return None
+        return Finding.GONE if before is Standing.HELD else Finding.FREED
+
+    def _taken(self, holder: str) -> Finding | None:
+        same = self.standing is Standing.TAKEN and self.holder == holder
+        self.standing, self.holder = Standing.TAKEN, holder
+        return None if same else Finding.TAKEN
+
+    def _named(self, entry: Entry, now: float, *, restored: bool) -> Finding | None:
+        """The entry names our public IP, and is not our last write."""
+        if self._doubt is not None and entry.value == self.value:
+            self._hold(entry, None if entry.reserved else self._doubt + LEASE_TTL)
+            return None
+        if entry.reserved:
+            # once, at the step from lease to reservation: two daemons at one address must not rewrite each other's
+            rewrite = not self._entry.reserved and LeaseAttrs.decode(entry.value) != self.attrs
+            self._hold(entry, None)
+            self._rewrite = rewrite
+            return Finding.ADOPTED
+        if restored and self.standing is not Standing.TWIN:
+            self._hold(entry, now)
+            return Finding.ADOPTED
+        before, self.standing = self.standing, Standing.TWIN
+        return None if before is Standing.TWIN else Finding.TWIN
+
+    def _hold(self, entry: Entry, expires_at: float | None) -> None:
+        self.standing = Standing.HELD
+        self.revision = entry.mod_revision
+        self.expires_at = expires_at
+        self._entry = entry
+        self._doubt = None
+        self._rewrite = False

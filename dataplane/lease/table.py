@@ -1,0 +1,327 @@
+"""Owns the question whom this node obeys: which entries of the store are leases, and which of those are peers.
+
+Free of: IO, clocks, logging. Invariant: the sum of all events handed out equals `peers`, and `peers` is what a new
+table makes of the same entries, apart from two memories: the last good value of a key whose value went bad, and the
+peers that a wiped store has lost (`missing`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from types import MappingProxyType
+
+from dataplane.errors import LeaseInvalid
+from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
+from dataplane.lease.store import Batch, Deleted, Entry, Snapshot
+
+_BROADCAST = IPv4Address("255.255.255.255")
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A key whose present entry is not obeyed. `mod_revision`: of the write that was looked at. `again`: an earlier
+    write of that key was rejected for the same reason."""
+
+    key: str
+    mod_revision: int
+    reason: str
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one snapshot or batch changed. `own` is the latest fact about our own key, None where it did not occur.
+
+    A snapshot's events come as Removed, Changed, Added; a batch's in the order of the store's changes.
+    """
+
+    events: tuple[LeaseEvent, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+    own: Entry | Deleted | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One key of the store. `digest` is the value's hash. `good` is the last value of this incarnation that can be
+    obeyed; `fault` says why the present one cannot. `missing`: kept although the store has lost it."""
+
+    create_revision: int
+    mod_revision: int
+    digest: int
+    key: LeaseKey | None
+    good: Lease | None
+    fault: str | None
+    missing: bool = False
+
+
+class LeaseTable:
+    """Turns snapshots and batches of one network into events about peers.
+
+    Two leases that overlap: the lower create revision is obeyed (at a tie the lower key), the other is rejected and
+    comes in when the winner goes. What overlaps our own lease is rejected whatever its age. A snapshot costs
+    O(n log n), a change O(log n) plus the leases that it overlaps.
+    """
+
+    def __init__(
+        self, network: IPv4Network, network_v6: IPv6Network | None = None, *, own_ip: IPv4Address | None = None
+    ) -> None:
+        self._network = network
+        self._network_v6 = network_v6
+        self._own_ip = own_ip
+        self._own_text: str | None = None
+        self._own_key: LeaseKey | None = None
+        self._records: dict[str, _Record] = {}
+        self._contenders: dict[str, Lease] = {}
+        self._index = _OverlapIndex({})
+        self._peers: dict[str, Lease] = {}
+        self._rejected: dict[str, Rejection] = {}
+        self.revision = 0
+        """The store is known up to here; watch from it."""
+        self.rejections = 0
+        """How many rejections were reported since the start."""
+
+    @property
+    def peers(self) -> Mapping[str, Lease]:
+        """Every lease that is obeyed, by its key's text; never our own."""
+        return MappingProxyType(self._peers)
+
+    @property
+    def rejected(self) -> dict[str, str]:
+        """Reason by key's text, for every key that is not obeyed as it stands in the store."""
+        return {text: rejection.reason for text, rejection in self._rejected.items()}
+
+    @property
+    def missing(self) -> int:
+        """How many peers are kept although the store has lost them."""
+        return sum(record.missing for record in self._records.values())
+
+    def set_own(self, text: str | None) -> Update:
+        """Say which key is ours from now on; it leaves the peers, and what overlaps it is rejected."""
+        self._own_text = text
+        self._own_key = None if text is None else LeaseKey.parse(text)
+        return self._settle_all()
+
+    def reset(self, snapshot: Snapshot, *, restarted: bool = False, keep_missing: bool = False) -> Update:
+        """Follow a snapshot. One older than the table is ignored, unless the store's history has `restarted`.
+
+        `keep_missing`: peers that the snapshot lacks stay until a snapshot without this flag, or until another lease
+        needs their subnet.
+        """
+        if snapshot.revision < self.revision and not restarted:
+            return Update()
+        before = self._records
+        self.revision = snapshot.revision
+        self._records = {
+            entry.key: self._read(entry, None if restarted else before.get(entry.key)) for entry in snapshot.entries
+        }
+        if keep_missing:
+            for text in self._peers.keys() - self._records.keys():
+                self._records[text] = replace(before[text], missing=True)
+        own: Entry | Deleted | None = None
+        if self._own_text is not None:
+            there = (entry for entry in snapshot.entries if entry.key == self._own_text)
+            own = next(there, Deleted(self._own_text, snapshot.revision))
+        return replace(self._settle_all(), own=own)
+
+    def apply(self, batch: Batch) -> Update:
+        """Follow a batch of changes; those that the table has seen already are ignored."""
+        known, self.revision = self.revision, max(self.revision, batch.revision)
+        events: list[LeaseEvent] = []
+        rejections: list[Rejection] = []
+        own: Entry | Deleted | None = None
+        for change in batch.changes:
+            if (change.revision if isinstance(change, Deleted) else change.mod_revision) <= known:
+                continue
+            update = self._change(change)
+            events += update.events
+            rejections += update.rejections
+            if change.key == self._own_text:
+                own = change
+        return Update(tuple(events), tuple(rejections), own)
+
+    def _change(self, change: Entry | Deleted) -> Update:
+        text = change.key
+        before = self._records.pop(text, None)
+        contender = self._contenders.pop(text, None)
+        touched = {text}
+        if contender is not None:
+            self._index.remove(text, contender.key)
+            touched |= self._touching(contender.key)
+        if isinstance(change, Entry):
+            self._records[text] = self._read(change, before)
+            contender = self._contender(text)
+            if contender is not None:
+                self._contenders[text] = contender
+                self._index.add(text, contender.key)
+                touched |= self._touching(contender.key)
+        return self._settle(touched)
+
+    def _read(self, entry: Entry, before: _Record | None) -> _Record:
+        same = before is not None and before.create_revision == entry.create_revision
+        digest = hash(entry.value)
+        # the value is compared too: a store that was wiped may count up to the same revisions again
+        if before is not None and same and (before.mod_revision, before.digest) == (entry.mod_revision, digest):
+            return replace(before, missing=False) if before.missing else before
+        key = good = fault = None
+        try:
+            key = LeaseKey.parse(entry.key)
+            attrs = LeaseAttrs.decode(entry.value)
+            self._check(key, attrs)
+            good = Lease(key, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
+        except LeaseInvalid as error:
+            fault = str(error)
+            if before is not None and same:
+                good = before.good
+        return _Record(entry.create_revision, entry.mod_revision, digest, key, good, fault)
+
+    def _check(self, key: LeaseKey, attrs: LeaseAttrs) -> None:
+        if not key.subnet.subnet_of(self._network):
+            raise LeaseInvalid(f"subnet {key.subnet} lies outside the network {self._network}")
+        v6, network_v6 = key.subnet_v6, self._network_v6
+        if v6 is not None and network_v6 is not None and not v6.subnet_of(network_v6):
+            raise LeaseInvalid(f"subnet {v6} lies outside the network {network_v6}")
+        for ip in (attrs.public_ip, attrs.public_ipv6):
+            if ip is not None and (ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST):
+                raise LeaseInvalid(f"public IP {ip} is not the address of a node")
+            if ip is not None and (ip in self._network or (network_v6 is not None and ip in network_v6)):
+                raise LeaseInvalid(f"public IP {ip} lies inside the overlay's own network")
+        if attrs.public_ip == self._own_ip:
+            raise LeaseInvalid(f"public IP {attrs.public_ip} is that of this node")
+
+    def _contender(self, text: str) -> Lease | None:
+        """The lease by which `text` takes part in the question who holds an address."""
+        record = self._records[text]
+        return None if text == self._own_text or self._overlaps_own(record) else record.good
+
+    def _overlaps_own(self, record: _Record) -> bool:
+        return self._own_key is not None and record.key is not None and record.key.overlaps(self._own_key)
+
+    def _touching(self, key: LeaseKey) -> set[str]:
+        """Every contender that `key` overlaps, and what those overlap, and so on."""
+        found: set[str] = set()
+        todo = [key]
+        while todo:
+            new = self._index.overlapping(todo.pop()) - found
+            found |= new
+            todo += [self._contenders[text].key for text in new]
+        return found
+
+    def _settle_all(self) -> Update:
+        everyone = ((text, self._contender(text)) for text in self._records)
+        self._contenders = {text: lease for text, lease in everyone if lease is not None}
+        self._index = _OverlapIndex({text: lease.key for text, lease in self._contenders.items()})
+        return self._settle(self._records.keys() | self._peers.keys() | self._rejected.keys())
+
+    def _settle(self, texts: Iterable[str]) -> Update:
+        """Decide anew who is obeyed among `texts`; no contender outside of them overlaps one of them."""
+        texts = sorted(texts)
+        winners: set[str] = set()
+        lost: dict[str, str] = {}
+        for text in sorted((text for text in texts if text in self._contenders), key=self._precedence):
+            better = self._index.overlapping(self._contenders[text].key) & winners
+            if better:
+                lost[text] = min(better, key=self._precedence)
+            else:
+                winners.add(text)
+        return Update(tuple(self._events(texts, winners)), tuple(self._rejections(texts, lost)))
+
+    def _precedence(self, text: str) -> tuple[bool, int, str]:
+        record = self._records[text]
+        return record.missing, record.create_revision, text
+
+    def _events(self, texts: Iterable[str], winners: set[str]) -> Iterator[LeaseEvent]:
+        removed, changed, added = [], [], []
+        for text in texts:
+            old = self._peers.get(text)
+            if text not in winners:
+                if old is not None:
+                    removed.append(LeaseEvent(LeaseEventKind.REMOVED, self._peers.pop(text)))
+                continue
+            new = self._peers[text] = self._contenders[text]
+            if old is None:
+                added.append(LeaseEvent(LeaseEventKind.ADDED, new))
+            elif old.attrs != new.attrs:
+                changed.append(LeaseEvent(LeaseEventKind.CHANGED, new, previous=old))
+        yield from removed
+        yield from changed
+        yield from added
+
+    def _rejections(self, texts: Iterable[str], lost: Mapping[str, str]) -> Iterator[Rejection]:
+        """The rejections among `texts` that were not reported yet, the same write for the same reason."""
+        for text in texts:
+            record = self._records.get(text)
+            reason = None if record is None or text == self._own_text else record.fault
+            if reason is None and record is not None and text != self._own_text and self._overlaps_own(record):
+                reason = f"subnet overlaps {self._own_text}, which is our own lease"
+            if reason is None and text in lost:
+                reason = f"subnet overlaps {lost[text]}, which is the older lease"
+            if record is None or reason is None:
+                self._rejected.pop(text, None)
+                continue
+            before = self._rejected.get(text)
+            if before is None or (before.mod_revision, before.reason) != (record.mod_revision, reason):
+                again = before is not None and before.reason == reason
+                self._rejected[text] = Rejection(text, record.mod_revision, reason, again)
+                self.rejections += 1
+                yield self._rejected[text]
+
+
+class _OverlapIndex:
+    """Which keys overlap a given one. Two blocks overlap only if one contains the other: the containing ones are
+    found by one look-up per prefix length in use, the contained ones are neighbours in order of address."""
+
+    def __init__(self, items: Mapping[str, LeaseKey]) -> None:
+        self._at: dict[tuple[int, int, int], set[str]] = {}
+        self._lengths: dict[int, dict[int, int]] = {4: {}, 6: {}}
+        self._order: dict[int, list[tuple[int, str]]] = {4: [], 6: []}
+        for text, key in items.items():
+            for block in _blocks(key):
+                self._count(block, text)
+                self._order[block[0]].append((block[2], text))
+        for order in self._order.values():
+            order.sort()
+
+    def _count(self, block: tuple[int, int, int], text: str) -> None:
+        self._at.setdefault(block, set()).add(text)
+        lengths = self._lengths[block[0]]
+        lengths[block[1]] = lengths.get(block[1], 0) + 1
+
+    def add(self, text: str, key: LeaseKey) -> None:
+        for block in _blocks(key):
+            self._count(block, text)
+            insort(self._order[block[0]], (block[2], text))
+
+    def remove(self, text: str, key: LeaseKey) -> None:
+        for block in _blocks(key):
+            version, length, first = block
+            self._at[block].discard(text)
+            if not self._at[block]:
+                del self._at[block]
+            self._lengths[version][length] -= 1
+            if not self._lengths[version][length]:
+                del self._lengths[version][length]
+            order = self._order[version]
+            del order[bisect_left(order, (first, text))]
+
+    def overlapping(self, key: LeaseKey) -> set[str]:
+        found: set[str] = set()
+        for version, length, first in _blocks(key):
+            bits = 32 if version == 4 else 128
+            for wider in self._lengths[version]:
+                if wider <= length:
+                    found |= self._at.get((version, wider, first >> (bits - wider) << (bits - wider)), set())
+            order = self._order[version]
+            start = bisect_left(order, (first, ""))
+            end = bisect_right(order, (first + (1 << (bits - length)), ""), lo=start)
+            found.update(text for _, text in order[start:end])
+        return found
+
+
+def _blocks(key: LeaseKey) -> Iterator[tuple[int, int, int]]:
+    """(IP version, prefix length, first address) of each family of a key."""
+    yield 4, key.subnet.prefixlen, int(key.subnet.network_address)
+    if key.subnet_v6 is not None:
+        yield 6, key.subnet_v6.prefixlen, int(key.subnet_v6.network_address)
