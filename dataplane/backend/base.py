@@ -1,0 +1,79 @@
+"""Owns what every backend must do, and the facts about the underlay that it is given.
+
+Free of: IO. A backend turns leases into packets that arrive: it makes the device of this node and carries
+traffic to the nodes that hold the other leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Protocol
+
+from dataplane.errors import DropReason
+from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Underlay:
+    """The interface that faces the other nodes. `public_ip` is what peers send to; behind NAT it is not `address`."""
+
+    name: str
+    index: int
+    address: IPv4Address
+    public_ip: IPv4Address
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """Inner packets and bytes to and from one peer. `idle`: seconds since the last packet came in, None for never."""
+
+    subnet: IPv4Network
+    public_ip: IPv4Address
+    tx_packets: int
+    tx_bytes: int
+    rx_packets: int
+    rx_bytes: int
+    idle: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """What a backend tells of itself. `drops` has every reason, also at 0."""
+
+    type: str
+    device: str
+    mtu: int
+    peers: tuple[PeerStatus, ...]
+    drops: dict[DropReason, int]
+    unknown_sources: dict[IPv4Address, int]
+    """Datagrams by outer sources that hold no lease."""
+    ignored: dict[IPv4Network, str]
+    """Leases of other nodes that this backend cannot carry, with the reason."""
+
+
+class Backend(Protocol):
+    """The life of a backend: prepare, attach, any number of applies, close."""
+
+    @property
+    def mtu(self) -> int:
+        """What a pod may send in one packet, in bytes; known from the start."""
+
+    async def prepare(self) -> LeaseAttrs:
+        """What this node's lease shall say. What can be taken by somebody else (a port, a device whose address
+        stands in the lease) is taken here, so that no lease is asked for in vain. Raises KernelError."""
+
+    async def attach(self, lease: Lease) -> None:
+        """Make device, address and route for our own lease and start to carry packets. Raises KernelError,
+        and then leaves nothing behind."""
+
+    async def apply(self, events: Sequence[LeaseEvent]) -> None:
+        """Follow the peers' leases. Applying the same events twice changes nothing."""
+
+    def status(self) -> BackendStatus:
+        """As of now; before attach everything is 0 and empty."""
+
+    async def close(self) -> None:
+        """Ordered stop: what attach made is gone afterwards. Safe to call at any point of the life."""
