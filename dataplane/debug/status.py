@@ -1,0 +1,53 @@
+"""Owns the status document: everything that this node knows of itself, as plain JSON values.
+
+Free of IO. Invariant: the same facts always stand under the same names; docs/operations.md lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dataplane.backend.base import BackendStatus, PeerStatus
+from dataplane.lease.keeper import LeaseKeeper
+
+
+def lease_document(keeper: LeaseKeeper) -> dict[str, Any]:
+    """Our own lease (null before there is one), what is wrong with it, and the entries that are not obeyed."""
+    own = keeper.own
+    return {
+        "lease": None
+        if own is None
+        else {
+            "subnet": str(own.key.subnet),
+            "public_ip": str(own.attrs.public_ip),
+            "reserved": own.reserved,
+            "fenced": keeper.fenced,
+        },
+        "store_error": keeper.store_error,
+        "rejected": dict(keeper.rejected),
+    }
+
+
+def backend_document(status: BackendStatus) -> dict[str, Any]:
+    """What a backend tells of itself, in JSON's types."""
+    return {
+        "backend": status.type,
+        "device": status.device,
+        "mtu": status.mtu,
+        "peers": [_peer_document(peer) for peer in status.peers],
+        "drops": {reason.name: count for reason, count in status.drops.items()},
+        "unknown_sources": {str(address): count for address, count in status.unknown_sources.items()},
+        "ignored": {str(subnet): reason for subnet, reason in status.ignored.items()},
+    }
+
+
+def _peer_document(peer: PeerStatus) -> dict[str, Any]:
+    return {
+        "subnet": str(peer.subnet),
+        "public_ip": str(peer.public_ip),
+        "tx_packets": peer.tx_packets,
+        "tx_bytes": peer.tx_bytes,
+        "rx_packets": peer.rx_packets,
+        "rx_bytes": peer.rx_bytes,
+        "idle": peer.idle,
+    }

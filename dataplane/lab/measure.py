@@ -1,0 +1,110 @@
+"""Owns what a lab reports about its network: round trips, checked traffic, and the tables that people read.
+
+Free of: where pods are and how they are entered; the caller starts the processes.
+Invariant: what was not measured shows as lost, never as good.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dataplane.errors import LodenError
+
+_TRAFFIC = (sys.executable, "-P", "-m", "dataplane.lab.traffic")
+
+_COUNTS = re.compile(r"(\d+) packets transmitted, (\d+) received")
+_TIME = re.compile(r"time=([\d.]+) ms(?!.*DUP)")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrips:
+    """Answered pings from one pod to another. `p50` in milliseconds, None where none came back."""
+
+    source: str
+    target: str
+    sent: int
+    received: int
+    p50: float | None
+
+    @property
+    def loss(self) -> float:
+        """Share of pings without an answer, 0 to 1."""
+        return 1.0 - self.received / self.sent if self.sent else 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every ping was answered, and there was one."""
+        return 0 < self.sent == self.received
+
+    @classmethod
+    def parse(cls, source: str, target: str, text: str) -> RoundTrips:
+        """Read what iputils' `ping` prints; anything else counts as nothing sent and nothing answered."""
+        counts = _COUNTS.search(text)
+        sent, received = (int(counts[1]), int(counts[2])) if counts else (0, 0)
+        times = [float(time) for time in _TIME.findall(text)]
+        return cls(source, target, sent, received, statistics.median(times) if times else None)
+
+
+@contextmanager
+def traffic(
+    start: Callable[[str, Sequence[str]], subprocess.Popen[str]],
+    kind: str,
+    source: str,
+    target: str,
+    address: str,
+    flags: Sequence[str],
+) -> Iterator[subprocess.Popen[str]]:
+    """Start the sink of `kind` (`tcp`, `udp`) in pod `target`, then the source in pod `source`; both end with the
+    block."""
+    with start(target, [*_TRAFFIC, f"{kind}-sink"]) as sink:
+        try:
+            if sink.stdout is None or sink.stdout.readline() != "ready\n":
+                raise LodenError(f"{target}: the {kind} sink does not start")
+            with start(source, [*_TRAFFIC, f"{kind}-source", address, *flags]) as run:
+                try:
+                    yield run
+                finally:
+                    run.kill()
+        finally:
+            sink.kill()
+
+
+def verdict(run: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
+    """Close the input of a traffic source, wait for its end, and give its result. Raises LodenError."""
+    try:
+        output, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise LodenError(f"the traffic source has not ended after {timeout:.0f} s") from None
+    try:
+        result: dict[str, Any] = json.loads(output)
+    except ValueError:
+        raise LodenError(f"the traffic source ended with {run.returncode} and without a result: {output!r}") from None
+    return result
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns; numbers to the right, words to the left."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
+    right = [all(re.fullmatch(r"\d+(\.\d+)?%?|-", row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+
+    return "\n".join([line(list(header)), *(line(row) for row in cells)])
+
+
+def drops_text(drops: dict[str, int]) -> str:
+    """`NO_ROUTE 3, LENGTH 1`, or 0 where nothing was dropped."""
+    return ", ".join(f"{reason} {count}" for reason, count in drops.items() if count) or "0"

@@ -1,0 +1,184 @@
+"""Owns the shape of a lab: names, addresses, and the `ip` commands that build each part of it.
+
+Free of: IO. Everything here is worked out from a name and a number, so that two runs give the same lab and `down`
+can recognise what `up` made. Invariant: every device is made inside one of the lab's own namespaces; the
+namespace that the command is called from gets none, not even for a moment.
+
+Underlay: 198.18.0.0/15 (RFC 2544, benchmarks only). The switch has 198.18.0.1, node n1 has 198.18.1.1, n2 198.18.1.2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+
+from dataplane.errors import ConfigError, LodenError
+
+UNDERLAY = IPv4Network("198.18.0.0/15")
+SWITCH_ADDRESS = IPv4Interface("198.18.0.1/15")
+_FIRST_NODE = IPv4Address("198.18.1.0")
+MAX_NODES = 250
+MAX_PODS = 50
+
+STORES = ("sqlite", "etcd")
+BACKENDS = ("udp",)
+
+_LAB_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,18}[a-z0-9])?")
+
+QUIET_IPV6 = ("net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
+"""No router solicitations and no duplicate address detection among the packets that are counted."""
+
+NODE_SYSCTLS = (*QUIET_IPV6, "net.ipv4.ip_forward=1")
+
+SWITCH_SYSCTLS = (
+    *QUIET_IPV6,
+    # A switch has no firewall: where br_netfilter is loaded it would send every frame through iptables.
+    "net.bridge.bridge-nf-call-iptables=0",
+    "net.bridge.bridge-nf-call-arptables=0",
+)
+
+
+class LabError(LodenError):
+    """A step of a lab failed. Says which step, on which node, what its log says, and what to do."""
+
+
+def check_lab_name(name: str) -> str:
+    """The name, if it can stand in a namespace, a directory and a socket path. Raises ConfigError."""
+    if _LAB_NAME.fullmatch(name) is None:
+        raise ConfigError(
+            f"{name!r} cannot name a lab: use 1 to 20 lower-case letters, digits and inner hyphens, as in --name=lab2"
+        )
+    return name
+
+
+def namespace(lab: str, member: str) -> str:
+    """The name of the network namespace of `switch`, a node (`n1`) or a pod (`n1-p1`)."""
+    return f"loden-{lab}-{member}"
+
+
+def member_of(lab: str, namespace_name: str) -> str | None:
+    """Which member of the lab a namespace is; None where it belongs to another lab or to no lab."""
+    match = re.fullmatch(rf"loden-{re.escape(lab)}-(switch|n\d+|n\d+-p\d+)", namespace_name)
+    return None if match is None else match[1]
+
+
+def lab_of(namespace_name: str) -> str | None:
+    """Which lab a namespace belongs to, if any."""
+    match = re.fullmatch(r"loden-([a-z0-9-]+?)-(?:switch|n\d+|n\d+-p\d+)", namespace_name)
+    return None if match is None else match[1]
+
+
+def node_address(number: int) -> IPv4Interface:
+    """Underlay address of node `number`, counted from 1."""
+    return IPv4Interface((_FIRST_NODE + number, UNDERLAY.prefixlen))
+
+
+def switch_links(mtu: int) -> list[str]:
+    """For the switch's namespace: the bridge that is the wire between the nodes."""
+    return [
+        "link set lo up",
+        f"link add br0 mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"addr add {SWITCH_ADDRESS} dev br0",
+        "link set br0 up",
+    ]
+
+
+def switch_port(lab: str, node: str, mtu: int) -> list[str]:
+    """For the switch's namespace: the cable to a node; its far end is `eth0` of the node from the start."""
+    return [
+        f"link add {node} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {namespace(lab, node)}",
+        f"link set {node} master br0",
+        f"link set {node} up",
+    ]
+
+
+def node_links(address: IPv4Interface) -> list[str]:
+    """For a node's namespace, once its cable is there."""
+    return ["link set lo up", f"addr add {address} dev eth0", "link set eth0 up"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the lab's nodes have in common; kept in lab.json so that later commands know it."""
+
+    store: str = "sqlite"
+    backend: str = "udp"
+    network: str = "10.244.0.0/16"
+    underlay_mtu: int = 1500
+    pods: int = 1
+
+    def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise ConfigError(f"--store={self.store}: a lab's leases are kept in {' or '.join(STORES)}")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"--backend={self.backend} is not built yet; what there is: {', '.join(BACKENDS)}")
+        try:
+            network = IPv4Network(self.network)
+        except ValueError as error:
+            raise ConfigError(f"--network={self.network}: {error}") from None
+        if network.overlaps(UNDERLAY) or network.prefixlen > 22:
+            raise ConfigError(f"--network={network}: take a /22 or larger that does not overlap {UNDERLAY}")
+        if not 576 <= self.underlay_mtu <= 65_535:
+            raise ConfigError(f"--underlay-mtu={self.underlay_mtu}: an Ethernet device takes 576 to 65535")
+        if not 0 <= self.pods <= MAX_PODS:
+            raise ConfigError(f"--pods={self.pods}: a node has 0 to {MAX_PODS} pods here")
+
+    def net_conf(self) -> str:
+        return json.dumps({"Network": self.network, "SubnetLen": 24, "Backend": {"Type": self.backend}})
+
+
+@dataclass(frozen=True, slots=True)
+class PodNetwork:
+    """What a CNI plugin takes from subnet.env: the bridge's address in the node's subnet, and the MTU."""
+
+    bridge: IPv4Interface
+    mtu: int
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> PodNetwork:
+        """Read a subnet.env. Raises ConfigError naming `origin`."""
+        values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        try:
+            return cls(IPv4Interface(values["FLANNEL_SUBNET"]), int(values["FLANNEL_MTU"]))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{origin} has no usable FLANNEL_SUBNET and FLANNEL_MTU: {error}") from None
+
+    @property
+    def subnet(self) -> IPv4Network:
+        return self.bridge.network
+
+    def pod_address(self, number: int) -> IPv4Address:
+        """Address of pod `number`, counted from 1: the bridge has .1, the first pod .2."""
+        return self.bridge.ip + number
+
+
+def pod_bridge(network: PodNetwork) -> list[str]:
+    """For a node's namespace: `cni0`, as the bridge plugin makes it."""
+    return [
+        f"link add cni0 mtu {network.mtu} type bridge",
+        f"addr add {network.bridge} dev cni0",
+        "link set cni0 up",
+    ]
+
+
+def pod_port(lab: str, node: str, number: int, network: PodNetwork) -> list[str]:
+    """For a node's namespace: the veth pair to one of its pods."""
+    pod = namespace(lab, f"{node}-p{number}")
+    return [
+        f"link add p{number} mtu {network.mtu} type veth peer name eth0 mtu {network.mtu} netns {pod}",
+        f"link set p{number} master cni0",
+        f"link set p{number} up",
+    ]
+
+
+def pod_links(number: int, network: PodNetwork) -> list[str]:
+    """For a pod's namespace, once its veth is there."""
+    address = IPv4Interface((network.pod_address(number), network.bridge.network.prefixlen))
+    return [
+        "link set lo up",
+        f"addr add {address} dev eth0",
+        "link set eth0 up",
+        f"route add default via {network.bridge.ip}",
+    ]

@@ -1,0 +1,312 @@
+"""Owns the bytes of the etcd v3 messages that a lease store exchanges: encoders of requests, decoders of answers.
+
+Free of: IO, gRPC, the protobuf package. Invariant: a decoder returns a record or raises StoreError, whatever bytes
+it is given; fields that it does not know are skipped, so newer servers may add some.
+
+Field numbers: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Wire format:
+https://protobuf.dev/programming-guides/encoding/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dataplane.errors import StoreError
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT_BYTES = 10
+
+Field = tuple[int, int | bytes]
+
+
+class CompareTarget(IntEnum):
+    """What a transaction's comparison looks at; a key that is absent has 0 in each."""
+
+    VERSION = 0
+    CREATE = 1
+    MOD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """One key as etcd holds it. `lease` is 0 where the key has no TTL. A deletion has only key and mod_revision."""
+
+    key: bytes = b""
+    create_revision: int = 0
+    mod_revision: int = 0
+    version: int = 0
+    value: bytes = b""
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    kv: KeyValue
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RangeResponse:
+    """Keys as of `revision` of the store; `more` where the limit cut them off."""
+
+    revision: int
+    kvs: tuple[KeyValue, ...]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TxnResponse:
+    """`ranges` holds the answers of the branch's reads, in order."""
+
+    revision: int
+    succeeded: bool
+    ranges: tuple[RangeResponse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchResponse:
+    """One message of a watch. `fragment`: the events of this revision go on in the next message."""
+
+    revision: int
+    created: bool
+    canceled: bool
+    compact_revision: int
+    cancel_reason: str
+    fragment: bool
+    events: tuple[WatchEvent, ...]
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The range end that covers, from `prefix` on, every key beneath it; b"\\0" is etcd's "to the last key"."""
+    stem = prefix.rstrip(b"\xff")
+    return stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+def range_request(key: bytes, *, end: bytes = b"", limit: int = 0, revision: int = 0) -> bytes:
+    """`end` empty: the one key; `limit` 0: all; `revision` 0: the newest."""
+    return _message((1, key), (2, end), (3, limit), (4, revision))
+
+
+def put_request(key: bytes, value: bytes, *, lease: int = 0) -> bytes:
+    return _message((1, key), (2, value), (3, lease))
+
+
+def delete_request(key: bytes) -> bytes:
+    return _message((1, key))
+
+
+def range_op(request: bytes) -> bytes:
+    """A read as one step of a transaction."""
+    return _submessage(1, request)
+
+
+def put_op(request: bytes) -> bytes:
+    """A write as one step of a transaction."""
+    return _submessage(2, request)
+
+
+def delete_op(request: bytes) -> bytes:
+    """A deletion as one step of a transaction."""
+    return _submessage(3, request)
+
+
+def txn_request(target: CompareTarget, key: bytes, equals: int, *, success: Sequence[bytes]) -> bytes:
+    """Run the steps `success`, in order and as one revision, if `target` of `key` is `equals`; else nothing."""
+    # The oneof of the compared value has the numbers 4 to 6 in the order of the targets. It is written even for 0:
+    # an unset oneof happens to read as 0 in today's servers only.
+    wanted = _tag(4 + target, _VARINT) + _varint(equals)
+    compare = _message((2, target), (3, key)) + wanted
+    return _submessage(1, compare) + b"".join(_submessage(2, op) for op in success)
+
+
+def compact_request(revision: int) -> bytes:
+    return _message((1, revision))
+
+
+def lease_grant_request(ttl: int) -> bytes:
+    """`ttl` in seconds; the server chooses the lease's number."""
+    return _message((1, ttl))
+
+
+def lease_revoke_request(lease: int) -> bytes:
+    return _message((1, lease))
+
+
+def watch_create_request(key: bytes, *, end: bytes, start_revision: int) -> bytes:
+    """Progress reports and fragments are asked for."""
+    return _submessage(1, _message((1, key), (2, end), (3, start_revision), (4, 1), (8, 1)))
+
+
+def authenticate_request(name: str, password: str) -> bytes:
+    return _message((1, name.encode()), (2, password.encode()))
+
+
+# --- answers --------------------------------------------------------------------------------------------------
+
+
+def decode_range_response(data: bytes) -> RangeResponse:
+    answer = _Message(data)
+    kvs = tuple(_key_value(kv) for kv in answer.every(2))
+    return RangeResponse(_revision(answer), kvs, more=bool(answer.number(3)))
+
+
+def decode_txn_response(data: bytes) -> TxnResponse:
+    answer = _Message(data)
+    ranges = [read for op in answer.every(3) for read in _Message(op).every(1)]
+    return TxnResponse(_revision(answer), bool(answer.number(2)), tuple(map(decode_range_response, ranges)))
+
+
+def decode_lease_grant_response(data: bytes) -> int:
+    """The number of the lease. Raises StoreError also where the server names none."""
+    lease = _Message(data).number(2)
+    if lease == 0:
+        raise StoreError("etcd granted no lease, and gave no reason")
+    return lease
+
+
+def decode_authenticate_response(data: bytes) -> str:
+    """The token. Raises StoreError also where there is none."""
+    token = _Message(data).blob(2)
+    if not token:
+        raise StoreError("etcd accepted user and password, but gave no token")
+    return _text(token)
+
+
+def decode_watch_response(data: bytes) -> WatchResponse:
+    answer = _Message(data)
+    return WatchResponse(
+        revision=_revision(answer),
+        created=bool(answer.number(3)),
+        canceled=bool(answer.number(4)),
+        compact_revision=answer.number(5),
+        cancel_reason=_text(answer.blob(6)),
+        fragment=bool(answer.number(7)),
+        events=tuple(_watch_event(event) for event in answer.every(11)),
+    )
+
+
+def _watch_event(data: bytes) -> WatchEvent:
+    event = _Message(data)
+    return WatchEvent(_key_value(event.blob(2)), deleted=event.number(1) == 1)
+
+
+def _key_value(data: bytes) -> KeyValue:
+    kv = _Message(data)
+    return KeyValue(
+        key=kv.blob(1),
+        create_revision=kv.number(2),
+        mod_revision=kv.number(3),
+        version=kv.number(4),
+        value=kv.blob(5),
+        lease=kv.number(6),
+    )
+
+
+def _revision(answer: _Message) -> int:
+    """Each answer has the response header as its field 1."""
+    return _Message(answer.blob(1)).number(3)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+# --- wire format ----------------------------------------------------------------------------------------------
+
+
+class _Message:
+    """The fields of one message by their numbers. Of a field that is there twice, protobuf takes the last."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, data: bytes) -> None:
+        self._fields: dict[int, list[int | bytes]] = {}
+        for number, value in _fields(data):
+            self._fields.setdefault(number, []).append(value)
+
+    def number(self, number: int) -> int:
+        """A varint read as int64; 0 where it is absent or of another type."""
+        found = [value for value in self._fields.get(number, ()) if isinstance(value, int)]
+        return _int64(found[-1]) if found else 0
+
+    def every(self, number: int) -> list[bytes]:
+        """Each occurrence of a repeated message."""
+        return [value for value in self._fields.get(number, ()) if isinstance(value, bytes)]
+
+    def blob(self, number: int) -> bytes:
+        """Text, bytes or a message; empty where it is absent or of another type."""
+        found = self.every(number)
+        return found[-1] if found else b""
+
+
+def _message(*fields: Field) -> bytes:
+    """Fields at their default are left out, as proto3 does."""
+    parts = []
+    for number, value in fields:
+        if isinstance(value, bytes):
+            parts.append(_submessage(number, value) if value else b"")
+        elif value:
+            parts.append(_tag(number, _VARINT) + _varint(value))
+    return b"".join(parts)
+
+
+def _submessage(number: int, data: bytes) -> bytes:
+    return _tag(number, _BYTES) + _varint(len(data)) + data
+
+
+def _tag(number: int, kind: int) -> bytes:
+    return _varint(number << 3 | kind)
+
+
+def _varint(value: int) -> bytes:
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _int64(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _fields(data: bytes) -> Iterator[Field]:
+    """Each field's number and value: int for varints and fixed numbers, bytes else. Raises StoreError."""
+    position = 0
+    while position < len(data):
+        tag, position = _read_varint(data, position)
+        number, kind = tag >> 3, tag & 7
+        if number == 0:
+            raise StoreError("etcd's answer is damaged: a field has the number 0")
+        if kind == _VARINT:
+            value, position = _read_varint(data, position)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            size, position = _read_varint(data, position)
+        elif kind in _FIXED_SIZES:
+            size = _FIXED_SIZES[kind]
+        else:
+            raise StoreError(f"etcd's answer is damaged: field {number} has the unknown wire type {kind}")
+        chunk = data[position : position + size]
+        if len(chunk) != size:
+            raise StoreError(f"etcd's answer is cut short: field {number} wants {size} bytes, {len(chunk)} are left")
+        position += size
+        yield number, chunk if kind == _BYTES else int.from_bytes(chunk, "little")
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for count, byte in enumerate(data[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * count)
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, position + count + 1
+    raise StoreError("etcd's answer is damaged: a number does not end")

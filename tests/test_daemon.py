@@ -1,0 +1,143 @@
+"""The `flanneld` command as a process: its ways out, and what each leaves. Packets are in tests/netns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dataplane.debug.control import request
+from dataplane.errors import LodenError
+
+FLANNELD = str(Path(sys.executable).with_name("flanneld"))
+
+
+def flanneld(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("FLANNELD_")} | environment
+    return subprocess.run([FLANNELD, *arguments], capture_output=True, text=True, timeout=30, env=environ, check=False)
+
+
+def test_version_goes_to_stderr_with_exit_0() -> None:
+    done = flanneld("-version")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("Loden ")
+
+
+@pytest.mark.parametrize("word", ["-help", "--help", "-h"])
+def test_help_exits_0_and_lists_our_own_flags_apart(word: str) -> None:
+    done = flanneld(word)
+    assert done.returncode == 0
+    theirs, _, ours = done.stderr.partition("Loden's own")
+    assert "-etcd-endpoints" in theirs
+    assert "-lease-store" in ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-bogus"], "flag provided but not defined: -bogus"),
+        (["-healthz-prot=1"], "healthz-port"),
+        (["-v=x"], 'invalid value "x" for flag -v'),
+        (["-subnet-lease-renew-margin=1440"], "1439"),
+        (["-ip-masq"], "-ip-masq is not built yet"),
+        (["--kube-subnet-mgr"], "-kube-subnet-mgr is not built yet"),
+        (["-source-check=lax"], "strict"),
+        (["-lease-store=mysql://x"], "sqlite:///"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_flag_that_cannot_be_ends_with_exit_2_and_names_it(arguments: list[str], text: str) -> None:
+    done = flanneld(*arguments)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_switched_off_is_accepted(tmp_path: Path) -> None:
+    """The start goes on to the store, which is a directory here: exit 1, not 2."""
+    done = flanneld("-ip-masq=false", f"--lease-store=sqlite://{tmp_path}", f"--subnet-file={tmp_path}/s.env")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_environment_variable_is_a_warning(tmp_path: Path) -> None:
+    done = flanneld(f"--lease-store=sqlite://{tmp_path}", f"--subnet-file={tmp_path}/s.env", FLANNELD_V="loud")
+    assert done.returncode == 1
+    assert "FLANNELD_V" in done.stderr
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dataplane", "-version"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, flanneld("-version").stderr)
+
+
+class Waiting:
+    """A daemon that waits for a net-conf, which nobody writes."""
+
+    def __init__(self, place: Path) -> None:
+        self.subnet_file = place / "subnet.env"
+        self.socket = f"{self.subnet_file}.sock"
+        self.log = place / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [FLANNELD, f"--lease-store=sqlite://{place}/leases.db", f"--subnet-file={self.subnet_file}"],
+                stderr=log,
+            )
+
+    def until_it_answers(self) -> dict[str, object]:
+        for _ in range(200):
+            try:
+                return request(self.socket, "status")
+            except LodenError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def until_logged(self, text: str) -> None:
+        for _ in range(200):
+            if text in self.log.read_text():
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_waits_for_a_config_is_an_ordered_stop(tmp_path: Path, number: signal.Signals) -> None:
+    daemon = Waiting(tmp_path)
+    status = daemon.until_it_answers()
+    assert status["ready"] is False
+    assert status["pid"] == daemon.process.pid
+    daemon.until_logged("Couldn't fetch network config")
+    daemon.process.send_signal(number)
+    assert daemon.process.wait(10) == 0
+    assert "Exiting cleanly..." in daemon.log.read_text()
+    assert not Path(daemon.socket).exists()
+    assert not daemon.subnet_file.exists()
+
+
+def test_a_second_daemon_at_the_same_place_names_the_first(tmp_path: Path) -> None:
+    daemon = Waiting(tmp_path)
+    daemon.until_it_answers()
+    done = flanneld(f"--lease-store=sqlite://{tmp_path}/leases.db", f"--subnet-file={daemon.subnet_file}")
+    assert done.returncode == 1
+    assert f"pid {daemon.process.pid}" in done.stderr
+    assert daemon.until_it_answers()["pid"] == daemon.process.pid
+    daemon.process.terminate()
+    assert daemon.process.wait(10) == 0
+
+
+def test_after_a_kill_the_next_start_succeeds_in_the_same_place(tmp_path: Path) -> None:
+    first = Waiting(tmp_path)
+    first.until_it_answers()
+    first.process.kill()
+    first.process.wait()
+    second = Waiting(tmp_path)
+    assert second.until_it_answers()["pid"] == second.process.pid
+    second.process.terminate()
+    assert second.process.wait(10) == 0
