@@ -5,7 +5,9 @@ from dataplane._fib import Fib
 class PumpCounters(TypedDict):
     packets: int
     bytes: int
-    batches: int
+    superframes: int
+    datagrams: int
+    calls: int
     wakeups: int
     icmp_errors: int
     events_lost: int
@@ -17,7 +19,19 @@ class Counters(TypedDict):
 
 class Engine:
     def __init__(
-        self, tun: int, udp: int, icmp: int, *, port: int, icmp_source: int, source_check: int, slots: int
+        self,
+        tun: int,
+        udp: int,
+        icmp: int,
+        *,
+        port: int,
+        icmp_source: int,
+        source_check: int,
+        slots: int,
+        run_datagrams: int,
+        merge_tcp: bool,
+        merge_udp: bool,
+        spin_ns: int,
     ) -> None: ...
     @property
     def event_fd(self) -> int: ...

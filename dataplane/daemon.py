@@ -236,6 +236,7 @@ class Daemon:
         if not isinstance(network.backend, netconf.UdpConfig):
             raise ConfigError(f"Backend.Type {network.backend.type!r} is not built yet; this version carries udp")
         from dataplane.backend.udp import UdpBackend
+        from dataplane.path.capability import EVERYTHING
         from dataplane.path.datapath import SourceCheck
 
         return UdpBackend(
@@ -244,6 +245,8 @@ class Daemon:
             network.backend.port,
             netlink,
             source_check=SourceCheck[self._options.source_check.upper()],
+            wanted=EVERYTHING - self._options.switched_off - network.backend.switched_off,
+            spin=self._options.spin / 1e6,
             device=self._state.device,
             on_device=self._remember_device,
         )

@@ -66,3 +66,7 @@ class DropReason(IntEnum):
     """TX: the kernel refused the datagram (no way to the peer, a firewall, too long)."""
     TUN_WRITE = 6
     """RX: the kernel refused the packet at the TUN device."""
+    SUPERFRAME = 7
+    """TX: the kernel handed over a superframe, or an unfinished checksum, that cannot be what it says."""
+    PATH_MTU = 8
+    """TX: the packet forbids fragmentation and is longer than the path to the peer takes; its sender is told."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from dataplane.errors import ConfigError
+from dataplane.path.capability import Capability
 
 UDP_PORT = 8285
 """Where flannel's udp backend listens unless Backend.Port says otherwise."""
@@ -31,7 +32,13 @@ _FIELDS = (
     *("Network", "SubnetLen", "SubnetMin", "SubnetMax"),
     *("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"),
 )
-_UDP_FIELDS = ("Type", "Port")
+_SWITCHES = {
+    "UDPSegment": Capability.UDP_SEGMENT,
+    "UDPGRO": Capability.UDP_GRO,
+    "TunTSO": Capability.TUN_TSO,
+    "TunUSO": Capability.TUN_USO,
+}
+_UDP_FIELDS = ("Type", "Port", *_SWITCHES)
 _WIDTH = 100
 """Most characters of a faulty line that are shown."""
 
@@ -46,10 +53,12 @@ _Addr = TypeVar("_Addr", bound=IPv4Address | IPv6Address)
 
 @dataclass(frozen=True, slots=True)
 class UdpConfig:
-    """Options of the udp backend."""
+    """Options of the udp backend. `switched_off`: capabilities that no node of this network uses (our own members
+    `UDPSegment`, `UDPGRO`, `TunTSO`, `TunUSO`; flannel ignores them)."""
 
     type: ClassVar[str] = "udp"
     port: int = UDP_PORT
+    switched_off: frozenset[Capability] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,8 @@ def _backend(document: _Object) -> tuple[BackendConfig, list[str]]:
     port = options.whole_number("Port", default=UDP_PORT)
     if not 1 <= port <= 65535:
         raise options.fault("Port", f"Backend.Port {port} is no UDP port: use 1 to 65535")
-    return UdpConfig(port), options.warnings
+    off = frozenset(what for name, what in _SWITCHES.items() if not options.boolean(name, default=True))
+    return UdpConfig(port, off), options.warnings
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ipaddress import AddressValueError, IPv4Address
 from typing import Any
 
 from dataplane.errors import ConfigError
+from dataplane.path.capability import Capability
 
 FLANNEL = "flannel's flags"
 OWN = "Loden's own"
@@ -88,10 +89,20 @@ class Options:
     source_check: str = _flag(
         "node", "inner sources a peer may use: strict (its subnet), node (its own address too), off", group=OWN
     )
+    udp_segment: bool = _flag(True, "let the kernel cut runs of datagrams (UDP_SEGMENT)", group=OWN)
+    udp_gro: bool = _flag(True, "let the kernel hand over several datagrams as one (UDP_GRO)", group=OWN)
+    tun_tso: bool = _flag(True, "pass TCP superframes through the TUN", group=OWN)
+    tun_uso: bool = _flag(True, "pass UDP superframes through the TUN", group=OWN)
+    spin: int = _flag(200, "microseconds for which a pump looks again before it sleeps, 0 to 10000", group=OWN)
     cleanup: bool = _flag(False, "remove what a former daemon left on this node, then exit", group=OWN)
 
     help: bool = False
     warnings: tuple[str, ...] = ()
+
+    @property
+    def switched_off(self) -> frozenset[Capability]:
+        """The capabilities that flags forbid; the net-conf may forbid more."""
+        return frozenset(capability for capability in Capability if not getattr(self, capability.name.lower()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +285,8 @@ def check(options: Options) -> None:
     if options.source_check not in SOURCE_CHECKS:
         word = _quoted(options.source_check)
         raise ConfigError(f"invalid -source-check {word}: use one of {', '.join(SOURCE_CHECKS)}")
+    if not 0 <= options.spin <= 10_000:
+        raise ConfigError(f"invalid -spin {options.spin}: it is in microseconds, from 0 to 10000")
     if options.public_ip:
         try:
             IPv4Address(options.public_ip)

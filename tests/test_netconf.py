@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dataplane.errors import ConfigError
 from dataplane.netconf import BACKEND_TYPES, MAX_BYTES, ForeignConfig, NetworkConfig, UdpConfig, parse
+from dataplane.path.capability import Capability
 
 ORIGIN = "/etc/net-conf.json"
 
@@ -375,3 +376,17 @@ def test_given_bounds_pass_exactly_if_the_rules_hold(case: tuple[int, int, int |
         assert (found.subnet_min, found.subnet_max) == (first, last)
     else:
         assert "Subnet" in fault(members)
+
+
+def test_capabilities_are_on_unless_switched_off_in_any_case_of_their_names() -> None:
+    text = (
+        b'{"Network": "10.5.0.0/16", "Backend": {"Type": "udp", "tuntso": false, "UDPGRO": true, "UDPSegment": false}}'
+    )
+    backend = parse(text, origin="t").backend
+    assert isinstance(backend, UdpConfig)
+    assert backend.switched_off == {Capability.TUN_TSO, Capability.UDP_SEGMENT}
+
+
+def test_a_switch_that_is_no_boolean_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="TunTSO"):
+        parse(b'{"Network": "10.5.0.0/16", "Backend": {"Type": "udp", "TunTSO": "no"}}', origin="t")

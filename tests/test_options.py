@@ -46,7 +46,17 @@ FLANNEL_FLAGS = {
     "vmodule": "",
     "log_backtrace_at": "",
 }
-OWN_FLAGS = {"lease-store": "", "control-socket": "", "source-check": "node", "cleanup": False}
+OWN_FLAGS = {
+    "lease-store": "",
+    "control-socket": "",
+    "source-check": "node",
+    "udp-segment": True,
+    "udp-gro": True,
+    "tun-tso": True,
+    "tun-uso": True,
+    "spin": 200,
+    "cleanup": False,
+}
 
 
 def failure(*argv: str) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from dataplane.errors import DropReason
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
+from dataplane.path.capability import Capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class BackendStatus:
     """Datagrams by outer sources that hold no lease."""
     ignored: dict[IPv4Network, str]
     """Leases of other nodes that this backend cannot carry, with the reason."""
+    capabilities: dict[Capability, str]
+    """`on`, or why not."""
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ backend cannot carry has no route, and `status().ignored` says why.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import os
@@ -21,6 +22,7 @@ from dataplane.errors import DropReason, KernelError
 from dataplane.kernel import tun, underlay
 from dataplane.kernel.netlink import Netlink, quiet_ipv6
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent, LeaseEventKind
+from dataplane.path.capability import Capability
 from dataplane.path.datapath import Datapath, PathEvent, PathEventKind, RouteCounters, SourceCheck
 from dataplane.path.wire import UDP_OVERHEAD
 
@@ -28,6 +30,12 @@ log = logging.getLogger(__name__)
 
 TX_QUEUE_PACKETS = 1000
 """Packets that the TUN holds while the pump is busy; with 500, the kernel's default, short bursts are lost."""
+
+PATH_MTU_SECONDS = 600.0
+"""As long as the kernel keeps what it has learnt of a path (net.ipv4.route.mtu_expires)."""
+
+SMALLEST_MTU = 576 - UDP_OVERHEAD
+"""A path that claims less is somebody's forgery (RFC 791: every node takes 576 bytes)."""
 
 REPEAT_SECONDS = 60.0
 """The same complaint about the same address is logged no more often."""
@@ -47,16 +55,22 @@ class UdpBackend:
         netlink: Netlink,
         *,
         source_check: SourceCheck,
+        wanted: frozenset[Capability],
+        spin: float,
         device: str,
         on_device: Callable[[str], None],
     ) -> None:
-        """`device`: what a former daemon of this node left, to be adopted; empty for none. `on_device` is told the
-        name of the device in use, so that it can be kept for the next start, and "" once there is none."""
+        """`wanted`: the capabilities to use where the kernel grants them. `spin`: see Datapath. `device`: what a former
+        daemon of this node left, to be adopted; empty for none. `on_device` is told the name of the device in use, so
+        that it can be kept for the next start, and "" once there is none."""
         self._facing = facing
         self._network = network
         self._port = port
         self._netlink = netlink
         self._source_check = source_check
+        self._wanted = wanted
+        self._lost = frozenset[Capability]()
+        self._spin = spin
         self._device = device
         self._on_device = on_device
         self._subnet: IPv4Network | None = None
@@ -68,6 +82,7 @@ class UdpBackend:
         self._ignored: dict[IPv4Network, str] = {}
         self._unknown: dict[IPv4Address, int] = {}
         self._complaints: dict[tuple[PathEventKind, IPv4Address, int], float] = {}
+        self._path_mtus: dict[IPv4Address, asyncio.TimerHandle] = {}
         self._rebuild: asyncio.Task[None] | None = None
 
     @property
@@ -77,7 +92,11 @@ class UdpBackend:
     async def prepare(self) -> LeaseAttrs:
         """Takes the port."""
         self._socket = underlay.open_udp(
-            self._facing.address, self._port, interface=self._facing.name, links=await self._netlink.links()
+            self._facing.address,
+            self._port,
+            interface=self._facing.name,
+            links=await self._netlink.links(),
+            wanted=self._wanted,
         )
         for note in self._socket.notes:
             log.warning("%s", note)
@@ -117,6 +136,7 @@ class UdpBackend:
             drops=statistics.drops if statistics else dict.fromkeys(DropReason, 0),
             unknown_sources=dict(self._unknown),
             ignored=dict(self._ignored),
+            capabilities={capability: self._state_of(capability) for capability in Capability},
         )
 
     async def close(self) -> None:
@@ -157,13 +177,14 @@ class UdpBackend:
         if self._subnet is None or self._socket is None or self._icmp is None:
             raise RuntimeError("prepare and a lease come before the device")
         await self._remove_leftovers()
-        self._tun = tun.open_tun(adopt=self._device)
+        self._tun = tun.open_tun(adopt=self._device, wanted=self._wanted)
         self._device = self._tun.name
         self._on_device(self._device)
         address = IPv4Interface((self._subnet.network_address, 32))
         quiet_ipv6(self._device)
         await self._netlink.ensure_address(self._device, address, sole_within=self._network)
         await self._netlink.ensure_link_up(self._device, mtu=self.mtu, txqueuelen=TX_QUEUE_PACKETS)
+        self._tun = dataclasses.replace(self._tun, granted=tun.takes_superframes(self._tun))
         await self._netlink.ensure_route(self._network, self._device)
         self._path = Datapath(
             self._tun.fd,
@@ -172,12 +193,28 @@ class UdpBackend:
             port=self._port,
             icmp_source=self._subnet.network_address,
             source_check=self._source_check,
+            capabilities=self._granted() - self._lost,
+            run_datagrams=self._socket.run_datagrams,
+            spin=self._spin,
             on_event=self._on_event,
         )
         for subnet, peer in self._routes.items():
             self._set_route(subnet, peer)
         self._path.start()
         log.info("Carrying %s through %s, MTU %d, port %d", self._network, self._device, self.mtu, self._port)
+        log.info("Capabilities: %s", ", ".join(f"{c.word} {self._state_of(c)}" for c in Capability))
+
+    def _granted(self) -> frozenset[Capability]:
+        return (self._tun.granted if self._tun else frozenset()) | (
+            self._socket.granted if self._socket else frozenset()
+        )
+
+    def _state_of(self, capability: Capability) -> str:
+        if capability not in self._wanted:
+            return "off: switched off"
+        if capability in self._lost:
+            return "off: the kernel refused it at work"
+        return "on" if capability in self._granted() else "off: the kernel does not have it"
 
     async def _remove_leftovers(self) -> None:
         """A device of a killed daemon whose state is lost would keep the network's route for itself."""
@@ -191,6 +228,9 @@ class UdpBackend:
             await self._netlink.remove_link(name)
 
     async def _close_device(self) -> None:
+        for timer in self._path_mtus.values():
+            timer.cancel()
+        self._path_mtus.clear()
         if self._path is not None:
             await self._path.stop()
             self._path = None
@@ -211,8 +251,28 @@ class UdpBackend:
                 "address it sends from (see --source-check)",
                 event.address,
             )
+        elif event.kind is PathEventKind.CAPABILITY_LOST:
+            self._lost |= {Capability(event.value)}
+            log.warning("The kernel refused %s at work: going on without it", Capability(event.value).word)
+        elif event.kind is PathEventKind.TOO_LONG:
+            self._learn_path_mtu(event.address)
         else:
             self._complain(event, "Cannot send to peer %s: %s", event.address, os.strerror(event.value))
+
+    def _learn_path_mtu(self, peer: IPv4Address) -> None:
+        """Ask the kernel what it has learnt, and forget it when the kernel does."""
+        mtu = underlay.path_mtu(peer) - UDP_OVERHEAD
+        if self._path is None or not SMALLEST_MTU <= mtu < self.mtu or peer in self._path_mtus:
+            return
+        log.warning("The path to %s takes inner packets of %d bytes, not %d", peer, mtu, self.mtu)
+        self._path.set_path_mtu(peer, mtu)
+        loop = asyncio.get_running_loop()
+        self._path_mtus[peer] = loop.call_later(PATH_MTU_SECONDS, self._forget_path_mtu, peer)
+
+    def _forget_path_mtu(self, peer: IPv4Address) -> None:
+        del self._path_mtus[peer]
+        if self._path is not None:
+            self._path.set_path_mtu(peer, 0)
 
     def _complain(self, event: PathEvent, text: str, *arguments: object) -> None:
         about = (event.kind, event.address, event.value if event.kind is PathEventKind.SEND_FAILED else 0)

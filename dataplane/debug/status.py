@@ -37,6 +37,7 @@ def backend_document(status: BackendStatus) -> dict[str, Any]:
         "peers": [_peer_document(peer) for peer in status.peers],
         "drops": {reason.name: count for reason, count in status.drops.items()},
         "unknown_sources": {str(address): count for address, count in status.unknown_sources.items()},
+        "capabilities": {capability.word: state for capability, state in status.capabilities.items()},
         "ignored": {str(subnet): reason for subnet, reason in status.ignored.items()},
     }
 

@@ -91,9 +91,7 @@ class _Node:
             raise _NoHitError("failed to get default interface: Unable to find default route")
         link = self._links.get(default_routes[0].device_index)
         if link is None:
-            raise _NoHitError(
-                "failed to get default interface: Found default route but could not determine interface"
-            )
+            raise _NoHitError("failed to get default interface: Found default route but could not determine interface")
         return self._with_address(link)
 
     def _owner(self, wanted: IPv4Address) -> Link | None:

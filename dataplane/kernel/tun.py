@@ -13,12 +13,14 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataplane.errors import KernelError
 from dataplane.kernel.facts import Link
+from dataplane.path.capability import Capability
+from dataplane.path.superframe import GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM, TCP, UDP, VnetHeader, with_ip_length
 
 CLONE_DEVICE = "/dev/net/tun"
 
@@ -39,8 +41,9 @@ FLAGS = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
 VNET_HDR_BYTES = 10
 """struct virtio_net_hdr, without the num_buffers of its mergeable kin."""
 
-OFFLOADS = 0
-"""TUN_F_* bits that the kernel may leave to the reader; a pump that takes superframes turns them on here."""
+TUN_F_CSUM = 0x01
+TUN_F_OFFLOADS = {Capability.TUN_TSO: 0x02 | 0x04, Capability.TUN_USO: 0x20 | 0x40}
+"""What the kernel may leave to the reader: to cut TCP, or UDP (since 6.2), over IPv4 and IPv6. Both need TUN_F_CSUM."""
 
 UNSEEN = "a process that cannot be seen from here"
 
@@ -54,24 +57,65 @@ class Tun:
 
     `fd` does not block and is not inherited by child processes; `release` it once. `adopted`: it stood already, so
     it may have an address and a route.
+    `granted`: which superframes pass it.
     """
 
     fd: int
     name: str
     adopted: bool
+    granted: frozenset[Capability] = frozenset()
 
 
-def open_tun(template: str = "flannel%d", *, adopt: str = "") -> Tun:
+def open_tun(template: str = "flannel%d", *, adopt: str = "", wanted: Collection[Capability] = ()) -> Tun:
     """Take over the device `adopt` where it is a TUN device that stands; else make the first free one of `template`.
+    `wanted`: which of TUN_TSO and TUN_USO to ask for; what the kernel refuses is done without.
 
     The device persists until `release`, also beyond a kill. Raises KernelError: the device is held (and by whom),
     there is no /dev/net/tun, or the privilege is missing.
     """
-    if adopt and _exists(adopt):
-        tun = _adopt(adopt)
-        if tun is not None:
-            return tun
-    return _attach(template, FLAGS | IFF_TUN_EXCL, adopted=False)
+    tun = _adopt(adopt) if adopt and _exists(adopt) else None
+    if tun is None:
+        tun = _attach(template, FLAGS | IFF_TUN_EXCL, adopted=False)
+    return replace(tun, granted=_ask_for(tun.fd, wanted))
+
+
+def takes_superframes(tun: Tun) -> frozenset[Capability]:
+    """Which of the granted superframes the kernel really takes from us: some kernels refused them with EINVAL (such as
+    6.1 before 6.1.103, e269d79c7d35). The device must be up. What is written is for nobody: the kernel checks how it
+    is to be cut before it drops it for its zero addresses."""
+    working = set(tun.granted)
+    for capability in tun.granted:
+        with contextlib.suppress(OSError):
+            os.write(tun.fd, _probe(capability))
+            continue
+        working.discard(capability)
+    return frozenset(working)
+
+
+def _probe(capability: Capability) -> bytes:
+    protocol, size = (TCP, 20) if capability is Capability.TUN_TSO else (UDP, 8)
+    payload = bytes(64)
+    packet = struct.pack("!BBHHHBBHII", 0x45, 0, 20 + size + len(payload), 0, 0, 1, protocol, 0, 0, 0)
+    offset, kind = (16, GSO_TCPV4) if protocol == TCP else (6, GSO_UDP_L4)
+    header = VnetHeader(NEEDS_CSUM, kind, 20 + size, len(payload) // 2, 20, offset)
+    udp = struct.pack("!HHHH", 0, 0, size + len(payload), 0)
+    l4 = bytes(12) + b"\x50\x10" + bytes(6) if protocol == TCP else udp
+    return header.encode() + with_ip_length(packet, 20 + size + len(payload)) + l4 + payload
+
+
+def _ask_for(fd: int, wanted: Collection[Capability]) -> frozenset[Capability]:
+    """Ask for all, else for one less; the kernel says yes or no to a whole set (drivers/net/tun.c, set_offload)."""
+    asked = [capability for capability in TUN_F_OFFLOADS if capability in wanted]
+    while True:
+        bits = sum(TUN_F_OFFLOADS[capability] for capability in asked)
+        try:
+            fcntl.ioctl(fd, TUNSETOFFLOAD, bits | TUN_F_CSUM if bits else 0)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not asked:
+                raise KernelError(f"cannot set the offloads of a TUN device: {error.strerror}") from error
+            asked.pop()
+        else:
+            return frozenset(asked)
 
 
 def release(tun: Tun) -> None:
@@ -123,7 +167,6 @@ def _attach(name: str, flags: int, *, adopted: bool) -> Tun:
     try:
         answer = fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(name.encode(), flags))
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_BYTES))
-        fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOADS)
         # last: until here a new device goes with its descriptor
         fcntl.ioctl(fd, TUNSETPERSIST, 1)
     except OSError as error:

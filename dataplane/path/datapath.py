@@ -11,7 +11,7 @@ import asyncio
 import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from dataplane._engine import Engine
 from dataplane._fib import Fib
 from dataplane.errors import DropReason, KernelError
+from dataplane.path.capability import Capability
 
 if TYPE_CHECKING:
     from dataplane._engine import PumpCounters
@@ -34,7 +35,7 @@ STOP_SECONDS = 5.0
 MAX_ROUTES = 1 << 18
 """Counter slots; memory that no peer uses is never touched."""
 
-_CHANGE = struct.Struct("=5I")
+_CHANGE = struct.Struct("=6I")
 
 
 class SourceCheck(IntEnum):
@@ -54,11 +55,14 @@ class PathEventKind(IntEnum):
     DEVICE_GONE = 0
     UNKNOWN_SOURCE = 1
     SEND_FAILED = 2
+    TOO_LONG = 3
+    CAPABILITY_LOST = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PathEvent:
-    """`address` is the outer address it is about; `value` an errno, or a number of datagrams for UNKNOWN_SOURCE."""
+    """`address` is the outer address it is about; `value` an errno; a number of datagrams for UNKNOWN_SOURCE,
+    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST."""
 
     kind: PathEventKind
     address: IPv4Address
@@ -93,6 +97,7 @@ class PathStatistics:
 class _Route:
     address: IPv4Address
     slot: int
+    mtu: int = 0
 
 
 class Datapath:
@@ -107,15 +112,30 @@ class Datapath:
         port: int,
         icmp_source: IPv4Address,
         source_check: SourceCheck,
+        capabilities: Collection[Capability] = (),
+        run_datagrams: int = 1,
+        spin: float = 0.0,
         on_event: Callable[[PathEvent], None],
     ) -> None:
         """`port`: where peers listen. `icmp_source`: our address in the errors that pods get.
 
         These go out through `icmp`: through the TUN the kernel would drop them as martians, since that address is
-        its own.
+        its own. `capabilities`: which of them the descriptors were granted; `run_datagrams`: how many the socket cuts
+        out of one send. `spin`: seconds for which a pump that has just carried something looks again before it
+        sleeps.
         """
         self._engine = Engine(
-            tun, udp, icmp, port=port, icmp_source=int(icmp_source), source_check=source_check, slots=MAX_ROUTES
+            tun,
+            udp,
+            icmp,
+            port=port,
+            icmp_source=int(icmp_source),
+            source_check=source_check,
+            slots=MAX_ROUTES,
+            run_datagrams=run_datagrams if Capability.UDP_SEGMENT in capabilities else 1,
+            merge_tcp=Capability.TUN_TSO in capabilities,
+            merge_udp=Capability.TUN_USO in capabilities,
+            spin_ns=round(spin * 1e9),
         )
         self._on_event = on_event
         self._fib = Fib()
@@ -145,17 +165,23 @@ class Datapath:
         route = self._routes.get(subnet)
         if route is None:
             route = self._routes[subnet] = _Route(address, self._take_slot(subnet))
-        route.address = address
-        self._change(
-            subnet, _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), int(address), route.slot, 0)
-        )
+        if route.address != address:
+            route.address, route.mtu = address, 0
+        self._change(subnet, route)
+
+    def set_path_mtu(self, address: IPv4Address, mtu: int) -> None:
+        """Inner packets to the peer at `address` may have `mtu` bytes; 0 for as many as ours may have."""
+        for subnet, route in self._routes.items():
+            if route.address == address and route.mtu != mtu:
+                route.mtu = mtu
+                self._change(subnet, route)
 
     def remove_route(self, subnet: IPv4Network) -> None:
         """Packets for `subnet` have nowhere to go; a subnet that has no route is no error."""
         route = self._routes.pop(subnet, None)
         if route is not None:
             self._leaving_slots.append(route.slot)
-            self._change(subnet, _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), 0, 0, 1))
+            self._change(subnet, None)
 
     def publish(self) -> None:
         """Give the pumps every gathered change now instead of within GATHER_SECONDS."""
@@ -202,8 +228,9 @@ class Datapath:
             if thread.is_alive():
                 raise KernelError(f"the pump {thread.name} did not stop within {STOP_SECONDS:.0f} s")
 
-    def _change(self, subnet: IPv4Network, record: bytes) -> None:
-        self._changes[subnet] = record
+    def _change(self, subnet: IPv4Network, route: _Route | None) -> None:
+        words = (int(route.address), route.slot, route.mtu, 0) if route else (0, 0, 0, 1)
+        self._changes[subnet] = _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), *words)
         if self._publish_timer is None and self._threads:
             self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
 

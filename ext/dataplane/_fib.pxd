@@ -10,6 +10,7 @@ cdef struct fib_route:
     uint32_t mask
     uint32_t address         # outer address of the peer that holds the subnet
     uint32_t slot            # which counters are the peer's
+    uint32_t mtu             # longest inner packet that the path to the peer takes; 0: as long as ours
     uint32_t next_same       # next route with the same outer address, or NO_PEER
 
 cdef struct fib_table:

@@ -17,6 +17,7 @@ cdef struct route_change:
     uint32_t mask
     uint32_t address
     uint32_t slot
+    uint32_t mtu
     uint32_t remove
 
 CHANGE_BYTES = sizeof(route_change)
@@ -50,6 +51,7 @@ cdef bint copy_change(const route_change* change, fib_route* out) noexcept nogil
     out.mask = change.mask
     out.address = change.address
     out.slot = change.slot
+    out.mtu = change.mtu
     return True
 
 
@@ -185,8 +187,8 @@ cdef class Fib:
         free_table(self.table)
 
     def updated(self, bytes changes):
-        """A new table with `changes` applied: records of five native 32-bit words (subnet, mask, outer address,
-        counter slot, 1 to remove), each prefix at most once."""
+        """A new table with `changes` applied: records of six native 32-bit words (subnet, mask, outer address,
+        counter slot, path MTU or 0, 1 to remove), each prefix at most once."""
         return Fib(changes, self)
 
     def __len__(self):
@@ -195,6 +197,19 @@ cdef class Fib:
     def lookup(self, uint32_t destination):
         """(subnet, mask, outer address, slot) of the longest prefix around an inner destination, or None."""
         return self.route(fib_lookup(self.table, destination))
+
+    def lookup_many(self, bytes destinations):
+        """Look up native 32-bit words and return the sum of their slots: lookups alone, for measuring them."""
+        cdef const uint32_t* words = <const uint32_t*><const uint8_t*>destinations
+        cdef size_t i, count = len(destinations) // 4
+        cdef uint64_t total = 0
+        cdef uint32_t at
+        with nogil:
+            for i in range(count):
+                at = fib_lookup(self.table, words[i])
+                if at != NO_PEER:
+                    total += self.table.routes[at].slot
+        return total
 
     def sources(self, uint32_t address):
         """Every (subnet, mask, outer address, slot) whose outer address this is."""

@@ -22,13 +22,19 @@ cdef inline ssize_t tun_read(int fd, virtio_net_hdr* header, uint8_t* packet, si
     return got - <ssize_t>sizeof(virtio_net_hdr) if got > <ssize_t>sizeof(virtio_net_hdr) else 0
 
 
+cdef inline int tun_write_parts(int fd, virtio_net_hdr* header, iovec* parts, int count) noexcept nogil:
+    """Hand one packet or superframe to the kernel, gathered from parts[1] to parts[count - 1]; parts[0] is filled in
+    here. 0 or -errno."""
+    parts[0].iov_base = header
+    parts[0].iov_len = sizeof(virtio_net_hdr)
+    return 0 if writev(fd, parts, count) >= 0 else -errno
+
+
 cdef inline int tun_write(int fd, const uint8_t* packet, size_t length) noexcept nogil:
     """Hand one finished packet to the kernel; 0 or -errno."""
     cdef virtio_net_hdr header
     cdef iovec parts[2]
     memset(&header, 0, sizeof(header))
-    parts[0].iov_base = &header
-    parts[0].iov_len = sizeof(header)
     parts[1].iov_base = <void*>packet
     parts[1].iov_len = length
-    return 0 if writev(fd, parts, 2) >= 0 else -errno
+    return tun_write_parts(fd, &header, parts, 2)

@@ -22,8 +22,17 @@ cdef extern from "<sys/socket.h>" nogil:
     struct mmsghdr:
         msghdr msg_hdr
         unsigned int msg_len
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
     struct timespec:
         pass
+    cmsghdr* CMSG_FIRSTHDR(msghdr* message)
+    cmsghdr* CMSG_NXTHDR(msghdr* message, cmsghdr* control)
+    unsigned char* CMSG_DATA(cmsghdr* control)
+    size_t CMSG_LEN(size_t length)
+    size_t CMSG_SPACE(size_t length)
     int sendmmsg(int fd, mmsghdr* messages, unsigned int count, int flags)
     int recvmmsg(int fd, mmsghdr* messages, unsigned int count, int flags, timespec* timeout)
     struct sockaddr:
@@ -33,7 +42,15 @@ cdef extern from "<sys/socket.h>" nogil:
     int MSG_TRUNC
     int AF_INET
 
+cdef extern from "<linux/udp.h>" nogil:
+    int UDP_SEGMENT
+    int UDP_GRO
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef extern from "<netinet/in.h>" nogil:
+    int SOL_UDP "IPPROTO_UDP"
     struct in_addr:
         uint32_t s_addr
     struct sockaddr_in:
@@ -81,10 +98,12 @@ cdef extern from "<time.h>" nogil:
         long tv_sec
         long tv_nsec
     int clock_gettime(int clock, clock_time* now)
+    int CLOCK_MONOTONIC
     int CLOCK_MONOTONIC_COARSE
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     # include/uapi/linux/virtio_net.h; a TUN with IFF_VNET_HDR puts it before every packet
+    int VIRTIO_NET_HDR_F_NEEDS_CSUM
     struct virtio_net_hdr:
         uint8_t flags
         uint8_t gso_type
@@ -106,6 +125,8 @@ cdef extern from * nogil:
 cdef enum:
     NO_PEER = 0xFFFFFFFF     # "none" for an index of a route in a table
     BUFFER_BYTES = 65536     # more than any UDP payload and than any packet a TUN hands over
+    # buffers lie a little more than 64 KiB apart, or all of them would share the same sets of the caches
+    BUFFER_STRIDE = BUFFER_BYTES + 67 * 64
 
 cdef enum:                   # mirrors dataplane.errors.DropReason, value for value
     DROP_NO_ROUTE = 0
@@ -115,7 +136,9 @@ cdef enum:                   # mirrors dataplane.errors.DropReason, value for va
     DROP_SPOOFED_SOURCE = 4
     DROP_SEND_FAILED = 5
     DROP_TUN_WRITE = 6
-    DROP_REASONS = 7         # how many there are; also "not dropped"
+    DROP_SUPERFRAME = 7
+    DROP_PATH_MTU = 8
+    DROP_REASONS = 9         # how many there are; also "not dropped"
 
 cdef enum source_check:
     CHECK_OFF = 0            # anything from anybody, as flannel's udp backend
@@ -126,6 +149,13 @@ cdef enum event_kind:
     EVENT_DEVICE_GONE = 0    # value: errno of the TUN
     EVENT_UNKNOWN_SOURCE = 1  # address: outer source; value: datagrams so far
     EVENT_SEND_FAILED = 2    # address: outer destination; value: errno
+    EVENT_TOO_LONG = 3       # address: outer destination; value: bytes of a datagram that its path did not take
+    EVENT_CAPABILITY_LOST = 4  # value: which
+
+cdef enum capability:        # mirrors dataplane.path.capability.Capability
+    CAPABILITY_UDP_SEGMENT = 0
+    CAPABILITY_TUN_TSO = 1
+    CAPABILITY_TUN_USO = 2
 
 cdef struct path_event:
     uint32_t kind

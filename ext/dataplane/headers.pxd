@@ -10,6 +10,7 @@ from dataplane.abi cimport DROP_LENGTH, DROP_NOT_IP, DROP_REASONS
 cdef extern from "checksum.h" nogil:
     uint64_t checksum_add(const uint8_t* bytes, size_t length, uint64_t sum)
     uint16_t checksum_finish(uint64_t sum)
+    uint16_t checksum_fold(uint64_t sum)
 
 cdef enum:
     IPV4_HEADER = 20

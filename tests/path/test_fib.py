@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataplane._fib import CHANGE_BYTES, Fib
 
-RECORD = struct.Struct("=5I")
+RECORD = struct.Struct("=6I")
 
 # a small corner of the address space makes prefixes nest, touch and repeat
 prefixes = st.builds(
@@ -23,7 +23,7 @@ near = st.tuples(prefixes, st.integers(-2, 2))
 
 
 def record(subnet: IPv4Network, address: int = 0, slot: int = 0, *, remove: bool = False) -> bytes:
-    return RECORD.pack(int(subnet.network_address), int(subnet.netmask), address, slot, remove)
+    return RECORD.pack(int(subnet.network_address), int(subnet.netmask), address, slot, 0, remove)
 
 
 def naive_lookup(routes: dict[IPv4Network, int], destination: int) -> tuple[int, int, int, int] | None:

@@ -1,0 +1,465 @@
+"""Owns segmentation and coalescing of TCP and UDP over IPv4 and IPv6; see _offload.pxd for the words.
+
+Free of descriptors, tables and memory. Invariants: segments carry the payload of their superframe once, in order, with
+right checksums; a packet whose checksum is wrong is never merged, since a superframe's checksum is made anew; packets of
+one flow leave in the order in which they came.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from dataplane.abi cimport NO_PEER, virtio_net_hdr
+from dataplane.headers cimport (
+    checksum_add, checksum_finish, checksum_fold, load_be16, load_be32, store_be16, store_be32,
+)
+
+cdef enum:
+    TCP = 6
+    UDP = 17
+    FIN = 0x01
+    SYN = 0x02
+    RST = 0x04
+    PSH = 0x08
+    ACK = 0x10
+    URG = 0x20
+    ECE = 0x40
+    CWR = 0x80
+    NEEDS_CSUM = 1           # include/uapi/linux/virtio_net.h
+    GSO_NONE = 0
+    GSO_TCPV4 = 1
+    GSO_TCPV6 = 4
+    GSO_UDP_L4 = 5
+    GSO_ECN = 0x80
+    MOST_PACKET = 65535      # what an IP length field holds
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+cdef bint finish_checksum(const virtio_net_hdr* header, uint8_t* packet, size_t length) noexcept nogil:
+    """Complete the checksum that the kernel left unfinished in a plain packet; False where it cannot be."""
+    cdef size_t start = header.csum_start
+    cdef size_t at = start + header.csum_offset
+    cdef uint16_t checksum
+    if at + 2 > length:
+        return False
+    checksum = checksum_finish(checksum_add(packet + start, length - start, 0))
+    # a UDP checksum of 0 means "none" (RFC 768); TCP's, at another offset, may be 0
+    if checksum == 0 and header.csum_offset == 6:
+        checksum = 0xFFFF
+    memcpy(packet + at, &checksum, 2)
+    return True
+
+
+cdef bint plan_split(const virtio_net_hdr* header, const uint8_t* packet, size_t length, split_plan* plan) noexcept nogil:
+    """Read how a superframe is to be cut; False where it is none that can be."""
+    cdef uint8_t kind = header.gso_type & <uint8_t>~GSO_ECN
+    cdef size_t l4_header
+    cdef uint16_t former
+    cdef uint32_t sum
+    plan.packet = packet
+    plan.version = packet[0] >> 4 if length else 0
+    plan.l4 = header.csum_start
+    plan.size = header.gso_size
+    if not header.flags & NEEDS_CSUM or plan.size == 0 or length > MOST_PACKET:
+        return False
+    if plan.version == 4 and kind in (GSO_TCPV4, GSO_UDP_L4):
+        if plan.l4 < 20 or plan.l4 != (packet[0] & 15) * 4:
+            return False
+    elif plan.version == 6 and kind in (GSO_TCPV6, GSO_UDP_L4):
+        if plan.l4 < 40:
+            return False
+    else:
+        return False
+    plan.protocol = UDP if kind == GSO_UDP_L4 else TCP
+    if plan.l4 + (8 if plan.protocol == UDP else 20) > length:
+        return False
+    # hdr_len is a hint that may cover the whole first packet: the data offset says where the payload begins
+    l4_header = 8 if plan.protocol == UDP else (packet[plan.l4 + 12] >> 4) * 4
+    if l4_header < 8 or (plan.protocol == TCP and l4_header < 20):
+        return False
+    if header.csum_offset != (6 if plan.protocol == UDP else 16):
+        return False
+    if plan.l4 + l4_header >= length or plan.l4 + l4_header > MOST_HEADER:
+        return False
+    plan.header = <uint16_t>(plan.l4 + l4_header)
+    plan.payload = <uint32_t>(length - plan.header)
+    plan.segments = (plan.payload + plan.size - 1) // plan.size
+    plan.identification = load_be16(packet + 4)
+    plan.sequence = load_be32(packet + plan.l4 + 4)
+    plan.flags = packet[plan.l4 + 13] if plan.protocol == TCP else 0
+    # take the length of the whole out of the pseudo-header sum: each segment adds its own (ones'-complement
+    # subtraction is the addition of the complement). The addresses in it may be those of a routing header.
+    memcpy(&former, packet + plan.l4 + header.csum_offset, 2)
+    sum = former
+    store_be16(<uint8_t*>&former, <uint16_t>(length - plan.l4))
+    sum += <uint16_t>~former
+    plan.partial = checksum_fold(sum)
+    return True
+
+
+cdef uint32_t stamp_segment(const split_plan* plan, uint32_t index, uint8_t* out) noexcept nogil:
+    """Write the headers of segment `index` (plan.header bytes) to `out`; returns its payload's length. The payload is
+    at packet + header + index * size."""
+    cdef uint32_t start = index * plan.size
+    cdef uint32_t payload = plan.payload - start if plan.payload - start < plan.size else plan.size
+    cdef uint16_t l4_length = <uint16_t>(plan.header - plan.l4 + payload)
+    cdef uint8_t* l4 = out + plan.l4
+    cdef uint16_t checksum
+    cdef uint64_t sum
+    cdef uint8_t flags
+    memcpy(out, plan.packet, plan.header)
+    if plan.version == 4:
+        store_be16(out + 2, <uint16_t>(plan.header + payload))
+        store_be16(out + 4, <uint16_t>(plan.identification + index))
+        memset(out + 10, 0, 2)
+        checksum = checksum_finish(checksum_add(out, plan.l4, 0))
+        memcpy(out + 10, &checksum, 2)
+    else:
+        store_be16(out + 4, <uint16_t>(plan.header + payload - 40))
+    if plan.protocol == TCP:
+        store_be32(l4 + 4, plan.sequence + start)
+        flags = plan.flags
+        if index:
+            flags &= <uint8_t>~CWR           # RFC 3168: once is enough, and the first says it
+        if index + 1 < plan.segments:
+            flags &= <uint8_t>~(FIN | PSH)   # only where the data ends
+        l4[13] = flags
+        memset(l4 + 16, 0, 2)
+    else:
+        store_be16(l4 + 4, l4_length)
+        memset(l4 + 6, 0, 2)
+    store_be16(<uint8_t*>&checksum, l4_length)
+    sum = <uint64_t>plan.partial + checksum
+    sum = checksum_add(l4, plan.header - plan.l4, sum)
+    checksum = checksum_finish(checksum_add(plan.packet + plan.header + start, payload, sum))
+    if plan.protocol == TCP:
+        memcpy(l4 + 16, &checksum, 2)
+    else:
+        if checksum == 0:
+            checksum = 0xFFFF
+        memcpy(l4 + 6, &checksum, 2)
+    return payload
+
+
+# -------------------------------------------------------------------------------------------------- coalescing
+
+cdef enum kinship:
+    LONER                    # of no TCP or UDP flow that could be merged: passes by itself
+    SEALER                   # could be of any flow (fragments, options): no chain may grow over it
+    MEMBER                   # of a flow, but passes by itself: its flow's chain ends
+    MERGEABLE
+
+
+cdef inline uint64_t pseudo_sum(const packet_ref* packet, uint32_t l4_length) noexcept nogil:
+    """RFC 9293 section 3.1 and RFC 8200 section 8.1, in the machine's order."""
+    cdef uint64_t sum
+    cdef uint8_t words[4]
+    words[0] = 0
+    words[1] = packet.protocol
+    store_be16(words + 2, <uint16_t>l4_length)
+    sum = checksum_add(words, 4, 0)
+    if packet.data[0] >> 4 == 4:
+        return checksum_add(packet.data + 12, 8, sum)
+    return checksum_add(packet.data + 8, 32, sum)
+
+
+cdef inline bint checksums_right(const packet_ref* packet) noexcept nogil:
+    cdef uint32_t l4_length = packet.length - packet.l4
+    if packet.data[0] >> 4 == 4 and checksum_fold(checksum_add(packet.data, packet.l4, 0)) != 0xFFFF:
+        return False
+    return checksum_fold(checksum_add(packet.data + packet.l4, l4_length, pseudo_sum(packet, l4_length))) == 0xFFFF
+
+
+cdef inline bint tunnel_port(uint16_t port) noexcept nogil:
+    """Kernels before 6.9 spoil merged UDP that a VXLAN or GENEVE device takes in (CVE-2024-35884)."""
+    return port == 4789 or port == 8472 or port == 6081 or port == 4790
+
+
+cdef inline kinship look(packet_ref* packet, bint tcp, bint udp) noexcept nogil:
+    """Fill in what merging needs to know."""
+    cdef const uint8_t* data = packet.data
+    cdef const uint8_t* l4
+    cdef uint32_t l4_header
+    packet.header = 0
+    packet.next = NO_PEER
+    if packet.length >= 20 and data[0] >> 4 == 4:
+        packet.protocol = data[9]
+        if load_be16(data + 6) & 0x3FFF or data[0] != 0x45:
+            return SEALER
+        if load_be16(data + 2) != packet.length:
+            return SEALER
+        packet.l4 = 20
+    elif packet.length >= 40 and data[0] >> 4 == 6:
+        packet.protocol = data[6]
+        if packet.protocol not in (TCP, UDP, 58):
+            return SEALER
+        if load_be16(data + 4) + 40 != packet.length:
+            return SEALER
+        packet.l4 = 40
+    else:
+        return SEALER
+    l4 = data + packet.l4
+    if packet.protocol == TCP:
+        if packet.l4 + 20 > packet.length:
+            return SEALER
+        l4_header = (l4[12] >> 4) * 4
+        if l4_header < 20 or packet.l4 + l4_header > packet.length:
+            return SEALER
+        packet.flags = l4[13]
+        packet.sequence = load_be32(l4 + 4)
+        packet.payload = <uint16_t>(packet.length - packet.l4 - l4_header)
+        if not tcp or packet.payload == 0 or packet.flags & ~(PSH | ECE) != ACK or l4[12] & 15:
+            return MEMBER
+        packet.header = <uint16_t>(packet.l4 + l4_header)
+        return MERGEABLE
+    if packet.protocol == UDP:
+        if packet.l4 + 8 > packet.length:
+            return SEALER
+        packet.payload = <uint16_t>(packet.length - packet.l4 - 8)
+        if not udp or packet.payload == 0 or load_be16(l4 + 4) != packet.length - packet.l4:
+            return MEMBER
+        if load_be16(l4 + 6) == 0 or tunnel_port(load_be16(l4 + 2)):
+            return MEMBER
+        packet.flags = 0
+        packet.header = <uint16_t>(packet.l4 + 8)
+        return MERGEABLE
+    return LONER
+
+
+cdef inline uint32_t flow_hash(const packet_ref* packet) noexcept nogil:
+    """Of addresses and ports, which lie side by side in both versions, and the protocol."""
+    cdef const uint8_t* at = packet.data + (12 if packet.l4 == 20 else 8)
+    cdef const uint8_t* end = packet.data + packet.l4 + 4
+    cdef uint32_t hash = packet.protocol
+    cdef uint32_t word
+    while at < end:
+        memcpy(&word, at, 4)
+        hash = (hash ^ word) * <uint32_t>2654435769
+        hash ^= hash >> 15
+        at += 4
+    return hash
+
+
+cdef inline bint same_flow(const packet_ref* a, const packet_ref* b) noexcept nogil:
+    cdef uint16_t start = 12 if a.l4 == 20 else 8
+    return (
+        a.protocol == b.protocol
+        and a.l4 == b.l4
+        and memcmp(a.data + start, b.data + start, a.l4 + 4 - start) == 0
+    )
+
+
+cdef inline uint32_t flow_slot(const packet_ref* packets, const packet_chain* chains, const uint32_t* flows,
+                               const packet_ref* packet) noexcept nogil:
+    """Where the last chain of the packet's flow stands, or would stand. With more flows than slots one takes the
+    place of another, which costs a merge and nothing else."""
+    cdef uint32_t home = flow_hash(packet) & (FLOWS - 1)
+    cdef uint32_t slot = home
+    while flows[slot] != NO_PEER and not same_flow(&packets[chains[flows[slot]].first], packet):
+        slot = (slot + 1) & (FLOWS - 1)
+        if slot == home:
+            break
+    return slot
+
+
+cdef inline bint same_headers(const packet_ref* first, const packet_ref* packet, uint32_t count) noexcept nogil:
+    """Everything but lengths, checksums, sequence numbers and PSH agrees, so that cutting gives both back."""
+    cdef const uint8_t* a = first.data
+    cdef const uint8_t* b = packet.data
+    cdef uint16_t l4 = first.l4
+    if first.protocol != packet.protocol or l4 != packet.l4 or first.header != packet.header:
+        return False
+    if l4 == 20:
+        # version, TOS with ECN; DF and the reserved bit, TTL, protocol; addresses and ports
+        if memcmp(a, b, 2) or memcmp(a + 6, b + 6, 4) or memcmp(a + 12, b + 12, 12):
+            return False
+        # without DF the identification matters to reassembly: it must be the one that cutting writes
+        if not a[6] & 0x40 and load_be16(b + 4) != <uint16_t>(load_be16(a + 4) + count):
+            return False
+    elif memcmp(a, b, 4) or memcmp(a + 6, b + 6, 38):
+        # class and flow label; next header, hop limit, addresses and ports
+        return False
+    if first.protocol == UDP:
+        return True
+    a += l4
+    b += l4
+    # acknowledgement; data offset; window; urgent pointer and options
+    return (
+        memcmp(a + 8, b + 8, 5) == 0
+        and memcmp(a + 14, b + 14, 2) == 0
+        and memcmp(a + 18, b + 18, first.header - l4 - 18) == 0
+        and (first.flags | PSH) == (packet.flags | PSH)
+    )
+
+
+cdef inline bint may_join(const packet_ref* first, const packet_chain* chain, const packet_ref* packet) noexcept nogil:
+    if not chain.open or chain.count >= CHAIN_PACKETS or packet.payload > first.payload:
+        return False
+    if chain.payload + packet.payload + first.header > MOST_PACKET:
+        return False
+    if packet.protocol == TCP and packet.sequence != <uint32_t>(first.sequence + chain.payload):
+        return False
+    return same_headers(first, packet, chain.count)
+
+
+cdef inline bint ends_chain(const packet_ref* first, const packet_ref* packet) noexcept nogil:
+    """After a short segment or a push nothing more is cut from the superframe."""
+    return packet.payload < first.payload or (packet.protocol == TCP and packet.flags & PSH)
+
+
+cdef bint join(packet_ref* packets, packet_chain* chain, uint32_t i) noexcept nogil:
+    """Append packet i to its flow's chain if nothing speaks against it. Checksums come last, as the dearest."""
+    cdef packet_ref* first = &packets[chain.first]
+    if not may_join(first, chain, &packets[i]):
+        return False
+    if not chain.verified:
+        chain.verified = checksums_right(first)
+        if not chain.verified:
+            chain.open = False
+            return False
+    if not checksums_right(&packets[i]):
+        return False
+    packets[chain.last].next = i
+    chain.last = i
+    chain.count += 1
+    chain.payload += packets[i].payload
+    chain.open = not ends_chain(first, &packets[i])
+    return True
+
+
+cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp) noexcept nogil:
+    """Arrange `count` packets in at most as many chains, in the order in which the chains leave; returns how many.
+    `tcp`, `udp`: what may be merged at all. Each packet has `data` and `length` set, its length being its IP length."""
+    cdef uint32_t flows[FLOWS]
+    cdef uint32_t made = 0, sealed = 0, i, slot
+    cdef packet_ref* packet
+    cdef packet_chain* chain
+    cdef kinship kin
+    memset(flows, 0xFF, sizeof(flows))
+    for i in range(count):
+        packet = &packets[i]
+        kin = look(packet, tcp, udp)
+        if kin == MERGEABLE:
+            slot = flow_slot(packets, chains, flows, packet)
+            # a chain from before the last SEALER does not grow any more
+            if flows[slot] != NO_PEER and flows[slot] >= sealed and join(packets, &chains[flows[slot]], i):
+                continue
+            flows[slot] = made
+        elif kin == MEMBER:
+            slot = flow_slot(packets, chains, flows, packet)
+            if flows[slot] != NO_PEER:
+                chains[flows[slot]].open = False
+        elif kin == SEALER:
+            sealed = made
+        chain = &chains[made]
+        chain.first = chain.last = i
+        chain.count = 1
+        chain.payload = packet.payload
+        chain.open = kin == MERGEABLE and not ends_chain(packet, packet)
+        chain.verified = False
+        made += 1
+    return made
+
+
+cdef void stamp_superframe(const packet_ref* packets, const packet_chain* chain, virtio_net_hdr* header,
+                           uint8_t* out) noexcept nogil:
+    """Write the headers of a chain of two packets or more (packets[chain.first].header bytes) to `out`, and how to
+    cut it to `header`. The checksum is left to whoever cuts it: the field holds the pseudo-header sum."""
+    cdef const packet_ref* first = &packets[chain.first]
+    cdef uint32_t l4_length = first.header - first.l4 + chain.payload
+    cdef uint16_t checksum
+    cdef bint v4 = first.l4 == 20
+    memcpy(out, first.data, first.header)
+    if v4:
+        store_be16(out + 2, <uint16_t>(first.header + chain.payload))
+        memset(out + 10, 0, 2)
+        checksum = checksum_finish(checksum_add(out, 20, 0))
+        memcpy(out + 10, &checksum, 2)
+    else:
+        store_be16(out + 4, <uint16_t>(first.header - 40 + chain.payload))
+    checksum = checksum_fold(pseudo_sum(first, l4_length))
+    header.flags = NEEDS_CSUM
+    header.hdr_len = first.header
+    header.gso_size = first.payload
+    header.csum_start = first.l4
+    if first.protocol == TCP:
+        header.gso_type = GSO_TCPV4 if v4 else GSO_TCPV6
+        header.csum_offset = 16
+        out[first.l4 + 13] |= packets[chain.last].flags & PSH
+        memcpy(out + first.l4 + 16, &checksum, 2)
+    else:
+        header.gso_type = GSO_UDP_L4
+        header.csum_offset = 6
+        store_be16(out + first.l4 + 4, <uint16_t>l4_length)
+        memcpy(out + first.l4 + 6, &checksum, 2)
+
+
+# ---------------------------------------------------- the same for Python: what the oracle is held against
+
+def finished(bytes header, bytes packet):
+    """The packet with the checksum that `header` (a virtio_net_hdr) leaves unfinished; None where it cannot be."""
+    cdef virtio_net_hdr how
+    if len(header) != sizeof(how):
+        raise ValueError("not a virtio_net_hdr")
+    memcpy(&how, <const uint8_t*>header, sizeof(how))
+    copy = bytearray(packet)
+    cdef uint8_t[::1] view = copy
+    if not len(copy) or not finish_checksum(&how, &view[0], len(copy)):
+        return None
+    return bytes(copy)
+
+
+def segments(bytes header, bytes packet):
+    """The packets of a superframe; None where it is none that can be cut."""
+    cdef virtio_net_hdr how
+    cdef split_plan plan
+    cdef uint8_t out[MOST_HEADER]
+    cdef uint32_t index, length
+    if len(header) != sizeof(how):
+        raise ValueError("not a virtio_net_hdr")
+    memcpy(&how, <const uint8_t*>header, sizeof(how))
+    if not plan_split(&how, packet, len(packet), &plan):
+        return None
+    found = []
+    for index in range(plan.segments):
+        length = stamp_segment(&plan, index, out)
+        start = plan.header + index * plan.size
+        found.append(out[:plan.header] + packet[start:start + length])
+    return found
+
+
+def superframes(list packets, *, bint tcp=True, bint udp=True):
+    """(virtio_net_hdr, packet) for each chain of `packets`, in the order in which they leave."""
+    cdef uint32_t count = len(packets)
+    cdef packet_ref* refs = <packet_ref*>malloc((count + 1) * sizeof(packet_ref))
+    cdef packet_chain* chains = <packet_chain*>malloc((count + 1) * sizeof(packet_chain))
+    cdef virtio_net_hdr how
+    cdef uint8_t out[MOST_HEADER]
+    cdef uint32_t i, at, made
+    cdef bytes packet
+    try:
+        if refs == NULL or chains == NULL:
+            raise MemoryError
+        for i in range(count):
+            packet = packets[i]
+            refs[i].data = <uint8_t*>packet
+            refs[i].length = len(packet)
+        made = chain_packets(refs, count, chains, tcp, udp)
+        found = []
+        for i in range(made):
+            memset(&how, 0, sizeof(how))
+            at = chains[i].first
+            if chains[i].count == 1:
+                found.append(((<uint8_t*>&how)[:sizeof(how)], packets[at]))
+                continue
+            stamp_superframe(refs, &chains[i], &how, out)
+            whole = bytearray(out[:refs[at].header])
+            while at != NO_PEER:
+                whole += packets[at][refs[at].header:]
+                at = refs[at].next
+            found.append(((<uint8_t*>&how)[:sizeof(how)], bytes(whole)))
+        return found
+    finally:
+        free(refs)
+        free(chains)

@@ -1,0 +1,122 @@
+# Owns what both pumps share: their state, how they enter and leave a table, how they wait, how they report.
+#
+# Invariant (a pump and a table): a pump writes the generation that it works under into a word of its own before it loads
+# the table, and 0 before it waits. A table that was replaced in generation g is unused once every word is 0 or at
+# least g; so publishing never waits and the pumps never lock.
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from dataplane.abi cimport *
+from dataplane._fib cimport fib_table
+from dataplane._udpio cimport udp_inbox, udp_outbox
+
+cdef enum:
+    EVENTS = 256
+    RETRY_MS = 10            # how long a pump rests where the kernel gives an error instead of readiness
+
+cdef struct pump_state:
+    uint64_t generation      # alone on its cache line: publish reads it
+    uint64_t padding[7]
+    uint64_t packets
+    uint64_t bytes
+    uint64_t superframes     # TX: read from the TUN; RX: written to it
+    uint64_t datagrams
+    uint64_t calls           # sends or receives
+    uint64_t wakeups
+    uint64_t icmp_errors
+    uint64_t drops[DROP_REASONS]
+    uint64_t events_written  # ring of events: written by the pump ...
+    uint64_t events_read     # ... and read by the event loop
+    uint64_t events_lost
+    path_event events[EVENTS]
+
+cdef struct engine_state:
+    void* table              # fib_table*
+    uint64_t generation
+    uint64_t stopping
+    int tun
+    int udp
+    int icmp
+    int stop_fd
+    int event_fd
+    uint32_t icmp_source
+    int check
+    bint merge_tcp           # what the TUN takes as superframes
+    bint merge_udp
+    uint64_t spin_ns
+    uint32_t slots
+    peer_counters* sent      # by slot; written by TX only
+    peer_counters* received  # by slot; written by RX only
+    pump_state tx
+    pump_state rx
+
+
+cdef inline uint64_t now_ms() noexcept nogil:
+    cdef clock_time now
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now)
+    return <uint64_t>now.tv_sec * 1000 + <uint64_t>(now.tv_nsec // 1000000)
+
+
+cdef inline uint64_t now_ns() noexcept nogil:
+    cdef clock_time now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef inline bint stopping(engine_state* engine) noexcept nogil:
+    return load_u64(&engine.stopping) != 0
+
+
+cdef inline void post_event(engine_state* engine, pump_state* pump, event_kind kind, uint32_t address,
+                            uint64_t value) noexcept nogil:
+    cdef uint64_t at = pump.events_written
+    cdef path_event* event = &pump.events[at % EVENTS]
+    if at - load_u64(&pump.events_read) >= EVENTS:
+        pump.events_lost += 1
+        return
+    event.kind = kind
+    event.address = address
+    event.value = value
+    store_u64(&pump.events_written, at + 1)
+    eventfd_write(engine.event_fd, 1)
+
+
+cdef inline const fib_table* enter(engine_state* engine, pump_state* pump) noexcept nogil:
+    store_u64(&pump.generation, load_u64(&engine.generation))
+    return <const fib_table*>load_pointer(&engine.table)
+
+
+cdef inline void leave(pump_state* pump) noexcept nogil:
+    store_u64(&pump.generation, 0)
+
+
+cdef inline void rest(engine_state* engine) noexcept nogil:
+    cdef pollfd stop
+    stop.fd = engine.stop_fd
+    stop.events = POLLIN
+    poll(&stop, 1, RETRY_MS)
+
+
+cdef inline void wait_for(engine_state* engine, pump_state* pump, int fd, short events) noexcept nogil:
+    """Sleep until `fd` is ready or the engine stops. A descriptor that reports only an error would wake us for
+    ever: rest instead, the next read or write says what is wrong."""
+    cdef pollfd fds[2]
+    pump.wakeups += 1
+    fds[0].fd = fd
+    fds[0].events = events
+    fds[1].fd = engine.stop_fd
+    fds[1].events = POLLIN
+    poll(fds, 2, -1)
+    if fds[0].revents & (POLLERR | POLLHUP | POLLNVAL) and not fds[0].revents & events:
+        rest(engine)
+
+
+cdef inline void park(engine_state* engine, pump_state* pump, int error) noexcept nogil:
+    """The device is gone: say so once, and wait for the engine to be stopped."""
+    cdef pollfd stop
+    post_event(engine, pump, EVENT_DEVICE_GONE, 0, error)
+    leave(pump)
+    stop.fd = engine.stop_fd
+    stop.events = POLLIN
+    while not stopping(engine):
+        poll(&stop, 1, -1)
