@@ -17,6 +17,7 @@ COMPILE_ARGS = [
     "-fstack-protector-strong",
     "-D_FORTIFY_SOURCE=2",
     "-Wno-unreachable-code",
+    "-Wno-sign-compare",  # Cython's own loops
 ]
 
 setup(

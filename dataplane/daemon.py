@@ -274,7 +274,9 @@ class Daemon:
         self._state = state
 
     def _ready(self) -> bool:
-        return self._started and self._keeper is not None and self._keeper.healthy
+        """Packets can be carried, the peers are known, and our lease is ours."""
+        keeper = self._keeper
+        return self._started and keeper is not None and keeper.synced and keeper.healthy
 
     def _status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         document: dict[str, Any] = {

@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -115,7 +115,7 @@ class EtcdStore:
         """Forget the history before `revision`: that of the whole etcd, not of this prefix only."""
         await self._cluster.call("KV/Compact", wire.compact_request(revision))
 
-    async def watch(self, after: int) -> AsyncIterator[Batch]:
+    async def watch(self, after: int) -> AsyncGenerator[Batch, None]:
         request = wire.watch_create_request(self._subnets, end=wire.prefix_end(self._subnets), start_revision=after + 1)
         events: list[wire.WatchEvent] = []
         async with contextlib.aclosing(self._cluster.watch(request)) as responses:

@@ -8,9 +8,10 @@ what the store says happens under one lock, so facts reach table and ownership i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -121,6 +122,8 @@ class LeaseKeeper:
         self._rejection_lines = LogBudget(20, seconds=3.0)
         self.store_error = ""
         """The trouble with the store at this moment, empty when there is none."""
+        self.synced = False
+        """Whether the peers were delivered, once at least."""
         self.counters = KeeperCounters()
 
     @property
@@ -242,16 +245,12 @@ class LeaseKeeper:
             await self._sleep(backoff.next())
 
     async def _watch(self, own: Ownership, backoff: Backoff) -> None:
-        stream = self._store.watch(self._table.revision)
-        try:
+        async with contextlib.aclosing(self._store.watch(self._table.revision)) as stream:
             async for batch in stream:
                 backoff.reset()
                 async with self._turn:
                     self._fine()
                     await self._deliver(own, self._table.apply(batch), certain=False)
-        finally:
-            if isinstance(stream, AsyncGenerator):
-                await stream.aclose()
         raise StoreUnavailable(f"{self._store.name} ended the watch")
 
     async def _resync(self, own: Ownership) -> None:
@@ -273,6 +272,7 @@ class LeaseKeeper:
             self._grace_until = None
         self._audit_at = None
         await self._deliver(own, update, certain=True)
+        self.synced = True
 
     async def _deliver(self, own: Ownership, update: Update, *, certain: bool) -> None:
         if update.own is not None:

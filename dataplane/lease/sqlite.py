@@ -21,7 +21,7 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,7 @@ class SqliteStore:
         """Forget the history before `revision`, as etcd's compaction does."""
         await self._call(self._database.compact, revision)
 
-    async def watch(self, after: int) -> AsyncIterator[Batch]:
+    async def watch(self, after: int) -> AsyncGenerator[Batch, None]:
         with self._notices.subscribed() as noticed:
             while True:
                 # cleared before the look: what is written during the look wakes the wait after it

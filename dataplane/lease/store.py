@@ -8,18 +8,22 @@ Free of: IO. The conformance contract, which tests/lease/test_store_conformance.
 * `replace` and `delete` succeed only where the key's `mod_revision` is the expected one.
 * A key written with a TTL is gone, and its deletion is seen by every watch, at most two seconds after the TTL has
   passed without another write; a key written without one (`ttl=None`) stays, and its entries say `reserved`.
-* `snapshot` returns every entry as of one revision, however many there are.
+* `snapshot` returns every entry as of one revision, however many there are, and never an older state than was true
+  when it was called.
+* A `None` or False is certain: the write did not happen. A store that cannot know whether it did raises
+  StoreUnavailable, and never writes again by itself.
 * `watch(after)` yields every change with a revision above `after`, once, in order of revision, until it is
   closed; changes of one transaction arrive in one batch. If the store no longer holds that history it raises
   HistoryGone; if the store cannot be reached it raises StoreUnavailable, and a new watch may be opened from the
-  last batch's revision.
+  last batch's revision. An `after` above the store's newest revision is another history: HistoryGone.
+* After `close`, calls and open watches end with StoreUnavailable.
 * A store never interprets a lease value: any bytes can be stored and come back as they were.
 * Every other failure is StoreUnavailable, StoreDenied or StoreError, with the endpoint in its text.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,9 +76,11 @@ class LeaseStore(Protocol):
     async def write_config(self, text: bytes) -> None:
         """Put the net-conf JSON in place of whatever is there."""
 
-    async def snapshot(self) -> Snapshot: ...
+    async def snapshot(self) -> Snapshot:
+        """Every entry, as no earlier than the moment of the call."""
 
-    def watch(self, after: int) -> AsyncIterator[Batch]: ...
+    def watch(self, after: int) -> AsyncGenerator[Batch, None]:
+        """Changes above revision `after`, until the generator is closed."""
 
     async def create(self, key: str, value: bytes, ttl: int | None) -> Entry | None:
         """Put a lease for `ttl` seconds if the key is absent; None if it is there already."""

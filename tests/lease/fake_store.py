@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from dataplane.errors import HistoryGone, StoreUnavailable
@@ -217,7 +217,7 @@ class SimulatedClient:
         await self._answer(written=stands)
         return stands
 
-    async def watch(self, after: int) -> AsyncIterator[Batch]:
+    async def watch(self, after: int) -> AsyncGenerator[Batch, None]:
         cuts, store = self._cuts, self.store
         changed = store.subscribe()
         try:

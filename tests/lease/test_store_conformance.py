@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import pytest
 
@@ -70,7 +70,7 @@ async def make(store: LeaseStore, key: str = KEY, value: bytes = VALUE, ttl: int
 
 def watching(store: LeaseStore, after: int) -> aclosing[AsyncGenerator[Batch, None]]:
     """A watch that ends with the block and not with the next garbage collection."""
-    return aclosing(cast("AsyncGenerator[Batch, None]", store.watch(after)))
+    return aclosing(store.watch(after))
 
 
 async def changes_until(store: LeaseStore, after: int, count: int) -> list[Entry | Deleted]:
