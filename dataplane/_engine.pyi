@@ -6,7 +6,7 @@ class PumpCounters(TypedDict):
     packets: int
     bytes: int
     superframes: int
-    datagrams: int
+    messages: int
     calls: int
     wakeups: int
     icmp_errors: int

@@ -153,12 +153,12 @@ class Datapath:
     def start(self) -> None:
         """Start both pumps and listen to their events, on the running loop."""
         self._loop = asyncio.get_running_loop()
+        self.publish()  # what waits in the queues already is for routes that were set already
         self._loop.add_reader(self._engine.event_fd, self._read_events)
         for name, body in (("loden-tx", self._engine.transmit), ("loden-rx", self._engine.receive)):
             thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
-        self.publish()
 
     def set_route(self, subnet: IPv4Network, address: IPv4Address) -> None:
         """Packets for `subnet` go to the peer at `address`. Raises KernelError where there is no room for a route."""

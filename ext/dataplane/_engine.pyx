@@ -180,7 +180,7 @@ cdef dict pump_counters(pump_state* pump):
         "packets": pump.packets,
         "bytes": pump.bytes,
         "superframes": pump.superframes,
-        "datagrams": pump.datagrams,
+        "messages": pump.messages,
         "calls": pump.calls,
         "wakeups": pump.wakeups,
         "icmp_errors": pump.icmp_errors,

@@ -20,8 +20,8 @@ cdef struct pump_state:
     uint64_t packets
     uint64_t bytes
     uint64_t superframes     # TX: read from the TUN; RX: written to it
-    uint64_t datagrams
-    uint64_t calls           # sends or receives
+    uint64_t messages        # TX: runs sent; RX: messages received
+    uint64_t calls           # sends or receives asked of the kernel
     uint64_t wakeups
     uint64_t icmp_errors
     uint64_t drops[DROP_REASONS]

@@ -176,7 +176,7 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
     cdef uint32_t peer = fib_source(table, source)
     cdef uint32_t datagrams = (left + size - 1) // size if size else 1
     cdef bint any = False
-    engine.rx.datagrams += datagrams
+    engine.rx.messages += 1
     if peer == NO_PEER and engine.check != CHECK_OFF:
         engine.rx.drops[DROP_UNKNOWN_PEER] += datagrams
         note_unknown(engine, rx, source, datagrams)

@@ -123,13 +123,13 @@ cdef inline void send_refused(engine_state* engine, udp_outbox* outbox, udp_run*
     if run.count == 1 or error not in (EIO, EINVAL, EMSGSIZE):
         drop_unsent(engine, run, run.count, error)
         return
-    if error == EIO:                                 # no checksum offload below, or a transform
+    if error == EMSGSIZE:                            # the path's MTU is smaller than we believed
+        post_event(engine, &engine.tx, EVENT_TOO_LONG, run.address, run.size)
+    elif error == EINVAL and run.count > 64:         # UDP_MAX_SEGMENTS before 6.9
+        outbox.most = 64
+    elif outbox.most > 1:                            # EIO: no checksum offload below, or a transform
         outbox.most = 1
         post_event(engine, &engine.tx, EVENT_CAPABILITY_LOST, 0, CAPABILITY_UDP_SEGMENT)
-    elif error == EINVAL and outbox.most > 64:       # UDP_MAX_SEGMENTS before 6.9
-        outbox.most = 64
-    elif error == EMSGSIZE:                          # the path's MTU is smaller than we believed
-        post_event(engine, &engine.tx, EVENT_TOO_LONG, run.address, run.size)
     send_singly(engine, run)
 
 
@@ -149,7 +149,7 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
         else:
             send_refused(engine, outbox, &outbox.runs[done], -sent)
             done += 1
-    engine.tx.datagrams += done
+    engine.tx.messages += done
     outbox.count = 0
     tx.stamped = 0
 

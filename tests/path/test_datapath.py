@@ -12,15 +12,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import IP, TCP, UDP
 
 from dataplane.errors import DropReason
 from dataplane.kernel import underlay
-from dataplane.path import datapath, wire
+from dataplane.path import datapath, superframe, wire
+from dataplane.path.capability import EVERYTHING, Capability
 from dataplane.path.datapath import Datapath, PathEvent, PathEventKind, SourceCheck
 from tests.namespaces import open_namespace
 
@@ -34,9 +35,15 @@ THEIRS = IPv4Network("10.5.2.0/24")
 class Rig:
     """One datapath, the pods' side of its TUN, and one peer's socket."""
 
-    def __init__(self, check: SourceCheck, icmp: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        check: SourceCheck = SourceCheck.NODE,
+        icmp: socket.socket | None = None,
+        capabilities: Collection[Capability] = (),
+    ) -> None:
         """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
         self.pods, self._tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.pods.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE: room for superframes
         self._tun.setblocking(False)
         self.pods.settimeout(5)
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -53,6 +60,8 @@ class Rig:
             port=self.port,
             icmp_source=OURS.network_address,
             source_check=check,
+            capabilities=capabilities,
+            run_datagrams=128,
             on_event=self.events.append,
         )
 
@@ -365,3 +374,154 @@ async def test_stop_is_quick_idempotent_and_leaves_no_thread() -> None:
     assert time.monotonic() - before < datapath.STOP_SECONDS
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loden-")]
     await made.close()
+
+
+# --- runs and superframes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def fast() -> AsyncIterator[Rig]:
+    made = Rig(capabilities=EVERYTHING)
+    made.path.set_route(THEIRS, PEER)
+    yield made
+    await made.close()
+
+
+def numbered(count: int, size: int = 100) -> list[bytes]:
+    return [packet("10.5.1.2", "10.5.2.9", i.to_bytes(4) + bytes(size - 4)) for i in range(count)]
+
+
+async def test_packets_that_wait_leave_in_one_run(fast: Rig) -> None:
+    """The queue of the stand-in TUN holds more than ten packets before the pump starts."""
+    sent = numbered(10)
+    for each in sent:
+        fast.send_from_pod(each)
+    fast.path.start()
+    assert [fast.peer.recv(70000) for _ in sent] == sent
+    await asyncio.sleep(0.05)
+    tx = fast.path.statistics().tx
+    assert (tx["packets"], tx["messages"]) == (10, 1)
+
+
+async def test_runs_keep_the_order_of_each_peer_and_one_size(fast: Rig) -> None:
+    other = fast.node(IPv4Address("127.0.0.3"))
+    fast.path.set_route(IPv4Network("10.5.3.0/24"), IPv4Address("127.0.0.3"))
+    here = [packet("10.5.1.2", "10.5.2.9", bytes([i]) * size) for i, size in enumerate([50, 50, 20, 50, 60, 60, 1])]
+    there = [packet("10.5.1.2", "10.5.3.9", bytes([i]) * size) for i, size in enumerate([50, 50, 50, 9, 9, 9, 9])]
+    for one, two in zip(here, there, strict=True):
+        fast.send_from_pod(one)
+        fast.send_from_pod(two)
+    fast.path.start()
+    assert [fast.peer.recv(70000) for _ in here] == here
+    assert [other.recv(70000) for _ in there] == there
+    other.close()
+    await asyncio.sleep(0.05)
+    # here: 50 50 20 | 50 | 60 60 1; there: 50 50 50 9 | 9 9 9
+    assert fast.path.statistics().tx["messages"] == 5
+
+
+async def test_a_run_that_the_kernel_refuses_goes_out_once_and_in_order(fast: Rig) -> None:
+    """Without checksums the kernel cuts nothing: EINVAL for every run (net/ipv4/udp.c, udp_send_skb)."""
+    fast._udp.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK
+    sent = numbered(10)
+    for each in sent:
+        fast.send_from_pod(each)
+    fast.path.start()
+    assert [fast.peer.recv(70000) for _ in sent] == sent
+    for each in sent:
+        fast.send_from_pod(each)
+    assert [fast.peer.recv(70000) for _ in sent] == sent
+    await asyncio.sleep(0.05)
+    assert [(event.kind, event.value) for event in fast.events] == [
+        (PathEventKind.CAPABILITY_LOST, Capability.UDP_SEGMENT)
+    ]
+    assert not fast.drops()
+    assert fast.path.statistics().tx["packets"] == 20
+
+
+def tcp_superframe(size: int, segment: int) -> tuple[superframe.VnetHeader, bytes]:
+    whole = bytes(IP(src="10.5.1.2", dst="10.5.2.9", flags="DF", id=7) / TCP(seq=1000, flags="PA") / os.urandom(size))
+    partial = superframe.partial_checksum(whole, superframe.TCP, 20 + size)
+    whole = whole[:36] + partial.to_bytes(2) + whole[38:]
+    return superframe.VnetHeader(1, superframe.GSO_TCPV4, 40, segment, 20, 16), whole
+
+
+@pytest.mark.parametrize(
+    ("size", "segment"), [(1, 1400), (3000, 1000), (3001, 1000), (65000, 1432), (5000, 1), (60000, 88)]
+)
+async def test_a_superframe_is_cut_into_its_segments(fast: Rig, size: int, segment: int) -> None:
+    """Also into more segments than one run, or all of them, hold."""
+    header, whole = tcp_superframe(size, segment)
+    fast.peer.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+    fast.path.start()
+    fast.pods.send(header.encode() + whole)
+    expected = superframe.segments(header, whole)
+    assert expected is not None
+    assert [fast.peer.recv(70000) for _ in expected] == expected
+    assert not fast.drops()
+
+
+async def test_superframes_in_a_row_share_their_runs(fast: Rig) -> None:
+    """45 segments and a run of 44: the last one of each superframe opens the next run, which the following one fills."""
+    header, whole = tcp_superframe(45 * 1432, 1432)
+    fast.peer.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
+    for _ in range(3):
+        fast.pods.send(header.encode() + whole)
+    fast.path.start()
+    expected = superframe.segments(header, whole)
+    assert expected is not None
+    assert [fast.peer.recv(70000) for _ in range(3 * 45)] == expected * 3
+    await asyncio.sleep(0.05)
+    assert fast.path.statistics().tx["messages"] == 4
+
+
+async def test_an_unfinished_checksum_is_finished(fast: Rig) -> None:
+    whole = packet("10.5.1.2", "10.5.2.9", b"payload")
+    partial = superframe.partial_checksum(whole, superframe.UDP, 15)
+    unfinished = whole[:26] + partial.to_bytes(2) + whole[28:]
+    fast.path.start()
+    fast.pods.send(superframe.VnetHeader(1, 0, 0, 0, 20, 6).encode() + unfinished)
+    assert fast.peer.recv(70000) == whole
+
+
+async def test_a_superframe_that_lies_is_a_counted_drop(fast: Rig) -> None:
+    header, whole = tcp_superframe(3000, 1000)
+    good = packet("10.5.1.2", "10.5.2.9")
+    fast.path.start()
+    for lie in ({"gso_size": 0}, {"csum_start": 19}, {"csum_offset": 15}, {"gso_type": 4}, {"flags": 0}):
+        values = {name: getattr(header, name) for name in header.__dataclass_fields__} | lie
+        fast.pods.send(superframe.VnetHeader(**values).encode() + whole)
+    fast.send_from_pod(good)
+    assert fast.peer.recv(70000) == good
+    await fast.until(drops={DropReason.SUPERFRAME: 5})
+
+
+async def test_what_waits_is_merged_across_messages_and_can_be_cut_again(fast: Rig) -> None:
+    segments = superframe.segments(*tcp_superframe(20 * 1000, 1000))
+    assert segments is not None
+    swapped = [each[:12] + each[16:20] + each[12:16] + each[20:] for each in segments]  # the sums stay the same
+    for each in swapped:
+        fast.send_from_peer(each)
+    await asyncio.sleep(0.05)
+    fast.path.start()
+    got = fast.pods.recv(70000)
+    header = superframe.VnetHeader.decode(got[:10])
+    assert header.gso_type == superframe.GSO_TCPV4
+    assert superframe.segments(header, got[10:]) == swapped
+    assert fast.path.statistics().rx["packets"] == 20
+    assert fast.path.statistics().rx["superframes"] == 1
+
+
+async def test_a_spoofed_packet_among_good_ones_is_left_out_of_the_superframe(fast: Rig) -> None:
+    segments = superframe.segments(*tcp_superframe(3 * 1000, 1000))
+    assert segments is not None
+    swapped = [each[:12] + each[16:20] + each[12:16] + each[20:] for each in segments]
+    fast.send_from_peer(swapped[0])
+    fast.send_from_peer(packet("10.5.99.9", "10.5.1.2"))
+    for each in swapped[1:]:
+        fast.send_from_peer(each)
+    await asyncio.sleep(0.05)
+    fast.path.start()
+    got = fast.pods.recv(70000)
+    assert superframe.segments(superframe.VnetHeader.decode(got[:10]), got[10:]) == swapped
+    assert fast.drops() == {DropReason.SPOOFED_SOURCE: 1}
