@@ -462,7 +462,7 @@ async def test_a_superframe_is_cut_into_its_segments(fast: Rig, size: int, segme
 
 
 async def test_superframes_in_a_row_share_their_runs(fast: Rig) -> None:
-    """45 segments and a run of 44: the last one of each superframe opens the next run, which the following one fills."""
+    """45 segments, runs of 44: the last one of each superframe opens a run, which the following superframe fills."""
     header, whole = tcp_superframe(45 * 1432, 1432)
     fast.peer.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
     for _ in range(3):
