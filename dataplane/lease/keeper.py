@@ -62,7 +62,7 @@ async def fetch_config(
     sleep: Sleep = asyncio.sleep,
 ) -> T:
     """The network's config as `parse` reads it (which raises ConfigError). Tries for ever, and says why."""
-    backoff = Backoff(1.0, 5.0, rng, growth=1.3)
+    backoff = Backoff(1.0, 5.0, rng, growth=1.1)
     gate = LogGate()
     while True:
         try:
@@ -160,7 +160,7 @@ class LeaseKeeper:
 
     async def acquire(self) -> Lease:
         """Get a lease, however long the store or a race takes. Raises LeaseError when no subnet is free."""
-        backoff = Backoff(1.0, 5.0, self._rng, growth=1.3)
+        backoff = Backoff(1.0, 5.0, self._rng, growth=1.1)
         while True:
             try:
                 lease = await self._attempt()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from random import Random
 
 _MOST_TEXTS = 100
+_PROMPT_LINES = 5
 
 
 class Backoff:
@@ -30,7 +31,7 @@ class Backoff:
 
 
 class LogGate:
-    """Lets the first line of a trouble through, then fewer: a second apart at first, `cap` seconds in the end.
+    """Lets the first lines of a trouble through, a second apart, then fewer: `cap` seconds apart in the end.
 
     A text that was not said in this trouble is said at once, but never more than a line a second comes through. What
     comes and goes is one trouble: only a calm of twice `cap` ends it.
@@ -41,18 +42,22 @@ class LogGate:
         self._texts: set[str] = set()
         self._last = float("-inf")
         self._interval = 1.0
+        self._lines = 0
         self._spoke = False
 
     def passes(self, text: str, now: float) -> bool:
         if now - self._last > 2 * self._cap or len(self._texts) > _MOST_TEXTS:
             self._texts.clear()
             self._interval = 1.0
+            self._lines = 0
         # a try that comes a little early for its line still gets it: waits are shortened by jitter
         if now - self._last < 0.7 * (self._interval if text in self._texts else 1.0):
             return False
         self._texts.add(text)
         self._last, self._spoke = now, True
-        self._interval = min(self._cap, self._interval * 1.5)
+        self._lines += 1
+        if self._lines >= _PROMPT_LINES:
+            self._interval = min(self._cap, self._interval * 1.5)
         return True
 
     def calm(self) -> bool:
