@@ -40,7 +40,7 @@ GROUND = ("errors", "path.wire")
 """Imported by everything, importing nothing of the house."""
 
 # a folder whose files gather their own siblings: the package is the unit there
-GATHERING = ("cli", "lab")
+GATHERING = ("bench", "cli", "lab")
 
 # the daemon composes: it stands above the files that are on its floor only because nothing else may use them
 COMPOSITION_ROOT = "daemon"
@@ -61,7 +61,7 @@ EXT_FLOORS = {
 
 def modules() -> dict[str, Path]:
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "bench").rglob("*.py")]):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         name = name.removesuffix(".__init__")
         if name not in ("__init__", "__main__"):
@@ -136,8 +136,12 @@ def test_low_floors_do_no_io(module: str) -> None:
 
 
 def test_only_the_datapath_imports_the_engine() -> None:
-    users = {m for m, p in modules().items() if {"dataplane._engine", "dataplane._fib"} & absolute_imports(p)}
-    assert users == {"path.datapath"}
+    users = {
+        m
+        for m, p in modules().items()
+        if {"dataplane._engine", "dataplane._fib", "dataplane._offload"} & absolute_imports(p)
+    }
+    assert users == {"path.datapath", "bench.micro"}, "bench.micro measures the compiled modules by themselves"
 
 
 def test_compiled_imports_go_down() -> None:

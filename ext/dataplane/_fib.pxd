@@ -1,7 +1,7 @@
 # Owns the forwarding table: inner destination -> route by longest prefix, outer source -> its routes.
 # A table never changes once it is built; lookups need no lock and no GIL.
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint16_t, uint32_t
 
 from dataplane.abi cimport NO_PEER
 
@@ -13,13 +13,28 @@ cdef struct fib_route:
     uint32_t mtu             # longest inner packet that the path to the peer takes; 0: as long as ours
     uint32_t next_same       # next route with the same outer address, or NO_PEER
 
+# The address space is cut into ranges of equal answer, and these into 65,536 buckets by their upper 16 bits. Most
+# buckets hold one range or few: they are searched. One with many (a /16 full of /24s) has a page that says for each
+# upper 24 bits where to look, which is one place unless there are prefixes longer than 24.
+cdef struct fib_bucket:
+    uint32_t base            # first of its ranges; with a size of 0, the route of the only one
+    uint32_t size            # how many; PAGED and the number of its page
+
+cdef struct fib_page:
+    uint16_t bounds[256][2]  # by bits 16 to 23: the first and last range of the bucket that can answer
+
+cdef enum:
+    PAGED = 0x80000000
+    PAGED_RANGES = 128       # a bucket with as many has a page
+
 cdef struct fib_table:
     fib_route* routes        # sorted by subnet, then by mask, the wider first
     uint32_t count
-    uint32_t* starts         # ranges of equal answer, sorted: range i is starts[i] up to starts[i + 1]
+    fib_bucket* buckets
+    fib_page* pages
+    uint16_t* starts         # lower 16 bits of the first address of each range; 0 for the first of a bucket
     uint32_t* owners         # route of each range, or NO_PEER
     uint32_t ranges
-    uint32_t* index          # 65,537 entries: last range that starts at or below (i << 16)
     uint32_t* by_source      # open addressing: route indices, NO_PEER where free
     uint32_t source_mask     # its size - 1
     uint32_t hash_key
@@ -27,16 +42,24 @@ cdef struct fib_table:
 
 cdef inline uint32_t fib_lookup(const fib_table* table, uint32_t destination) noexcept nogil:
     """Index of the route with the longest prefix that covers the address, or NO_PEER."""
-    cdef uint32_t low = table.index[destination >> 16]
-    cdef uint32_t high = table.index[(destination >> 16) + 1]
-    cdef uint32_t middle
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if table.starts[middle] <= destination:
-            low = middle
-        else:
-            high = middle - 1
-    return table.owners[low]
+    cdef const fib_bucket* bucket = &table.buckets[destination >> 16]
+    cdef uint32_t wanted = destination & 0xFFFF
+    cdef uint32_t low = 0, length, half
+    cdef const uint16_t* starts
+    cdef const fib_page* page
+    if bucket.size == 0:
+        return bucket.base
+    starts = table.starts + bucket.base
+    length = bucket.size
+    if bucket.size & PAGED:
+        page = &table.pages[bucket.size & ~<uint32_t>PAGED]
+        low = page.bounds[wanted >> 8][0]
+        length = page.bounds[wanted >> 8][1] + 1 - low
+    while length > 1:        # without a branch on the data: a guess of it would be wrong every other time
+        half = length >> 1
+        low += half * (starts[low + half] <= wanted)
+        length -= half
+    return table.owners[bucket.base + low]
 
 
 cdef inline uint32_t fib_source_slot(const fib_table* table, uint32_t address) noexcept nogil:

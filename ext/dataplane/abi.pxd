@@ -87,6 +87,8 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* address, size_t length, int protection, int flags, int fd, long offset)
     int munmap(void* address, size_t length)
+    int madvise(void* address, size_t length, int advice)
+    int MADV_HUGEPAGE
     void* MAP_FAILED
     int PROT_READ
     int PROT_WRITE

@@ -25,8 +25,8 @@ def test_an_installed_wheel_runs_a_lab(tmp_path: Path) -> None:
     source = tmp_path / "source"
     run("git", "clone", "--quiet", "--no-hardlinks", ROOT, source, cwd=tmp_path)
     wheels = tmp_path / "wheels"
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels]
-    run(*build, source, cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", wheels, source, cwd=tmp_path)
     (wheel,) = wheels.iterdir()
     run(sys.executable, "-m", "venv", tmp_path / "elsewhere", cwd=tmp_path)
     bin_ = tmp_path / "elsewhere" / "bin"

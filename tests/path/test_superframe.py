@@ -135,7 +135,7 @@ def test_cutting_gives_back_what_was_merged_in_order(packets: list[bytes]) -> No
     def by_flow(some: list[bytes]) -> dict[bytes, list[bytes]]:
         flows: dict[bytes, list[bytes]] = {}
         for p in some:
-            flows.setdefault(p[8:44] if p[:1] >= b"\x60" else p[12:24], []).append(p)
+            flows.setdefault(p[6:7] + p[8:44] if p[:1] >= b"\x60" else p[9:10] + p[12:24], []).append(p)
         return flows
 
     assert by_flow(came) == by_flow(left)
