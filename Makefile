@@ -1,7 +1,8 @@
 # From a fresh Debian 12 with python3, gcc, make and git:
 #   make demo    three nodes, pinged, loaded and shown, then taken down again
 #   make test    the whole suite, network namespaces and etcd included
-# Both begin with `make setup`, which installs only what is missing and is quick when nothing is.
+#   make bench   all paths measured side by side; BENCH="--quick --out=DIR" gives options to loden bench
+# All begin with `make setup`, which installs only what is missing and is quick when nothing is.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := gcc iproute2 nftables iptables ethtool iputils-ping procps util-linux etcd-server etcd-client
-EXT := $(shell find ext -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+EXT := $(shell find ext bench -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -path 'bench/generator/*.c')
 
 # $(call step,what,what to do if it fails): names the step before, and its remedy after a failure
 define step
@@ -23,11 +24,14 @@ trap 'code=$$?; finally; [ $$code = 0 ] || echo "== FAILED: $$step. $$remedy" >&
 echo "== $$step"
 endef
 
-.PHONY: help setup packages demo test lint wheel clean
+.PHONY: help setup packages demo test bench fuzz sanitize soak lint wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	echo "make setup   Debian packages, $(VENV), compiled extensions, $(BIN)/flanneld and $(BIN)/loden"
+	echo "make soak    100 GB of hashed TCP over a bad underlay, 5 GB with each capability off"
+	echo "make fuzz    500,000,000 fuzz executions (FUZZ_COUNT=...) over the packet path"
+	echo "make sanitize  the packet tests and 20,000,000 executions with sanitizers and with Cython's checks"
 	echo "make lint    ruff and mypy"
 	echo "make wheel   a wheel in dist/"
 	echo "make clean   remove what was built; $(VENV) stays"
@@ -41,6 +45,22 @@ demo: setup
 test: lint
 	$(call step,pytest,Read its summary; '$(BIN)/pytest -x PATH' runs one file)
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+soak: setup
+	$(call step,soak,Read its summary above)
+	LODEN_SOAK_BYTES=$(or $(SOAK_BYTES),100000000000) LODEN_SOAK_OFF_BYTES=$(or $(SOAK_OFF_BYTES),5000000000) $(BIN)/pytest -s tests/netns/test_soak.py
+
+fuzz: setup
+	$(call step,fuzz,The execution it names can be repeated as it says)
+	$(BIN)/python -m tests.fuzz.fuzzing build/fuzz $$(date +%s%N) $(or $(FUZZ_COUNT),500000000) --rebuild
+
+sanitize: setup
+	$(call step,sanitizers,Read the report above; LODEN_FUZZ_FIRST repeats a fuzz)
+	LODEN_SANITIZE_ALL=1 LODEN_SANITIZED_COUNT=20000000 $(BIN)/pytest -v --timeout 3600 tests/fuzz/test_sanitized.py
+
+bench: setup
+	$(call step,bench,Read the error above; '$(BIN)/loden lab down --name=bench' removes what a killed run left)
+	$(BIN)/loden bench $(BENCH)
 
 lint: setup
 	$(call step,ruff,'$(BIN)/ruff check --fix' mends some findings)
@@ -56,7 +76,7 @@ wheel: setup
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
-	find dataplane -name '*.so' -delete
+	find dataplane bench -name '*.so' -delete
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # --- setup -----------------------------------------------------------------------------------------------------

@@ -20,6 +20,14 @@ COMPILE_ARGS = [
     "-Wno-sign-compare",  # Cython's own loops
 ]
 
+LOAD_GENERATOR = Extension(
+    "dataplane.bench._load",
+    ["bench/_load.pyx", *(f"bench/generator/{name}.c" for name in ("clock", "echo", "tcp", "udp"))],
+    include_dirs=["bench/generator"],
+    depends=["bench/generator/load.h"],
+    extra_compile_args=COMPILE_ARGS,
+)
+
 setup(
     ext_modules=cythonize(  # type: ignore[no-untyped-call]  # Cython has no annotations
         [
@@ -31,7 +39,8 @@ setup(
                 extra_compile_args=COMPILE_ARGS,
             )
             for name in MODULES
-        ],
+        ]
+        + [LOAD_GENERATOR],
         include_path=["ext"],
         build_dir="build/cython",
         compiler_directives={

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from dataplane.cli import demo, lab, net_conf, version
+from dataplane.cli import bench, demo, lab, net_conf, version
 from dataplane.errors import LodenError
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     lab_verbs = lab.add(verbs)
     demo.add(lab_verbs)
+    bench.add(verbs)
     net_conf.add(verbs)
     version.add(verbs)
     arguments = parser.parse_args(argv)

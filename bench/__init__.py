@@ -1,0 +1,1 @@
+"""Measures Loden's paths against the kernel's and against others', side by side on one machine (`loden bench`)."""
