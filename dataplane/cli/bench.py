@@ -39,7 +39,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prototype = "a C file that is measured too, called as PROGRAM DEVICE LOCAL REMOTE 0"
     parser.add_argument("--prototype", type=Path, metavar="FILE.c", help=prototype)
     parser.add_argument(
-        "--udp-flags", type=shlex.split, default=[], metavar="'FLAGS'", help="further flags for our flanneld"
+        "--udp-flags",
+        type=shlex.split,
+        default=[],
+        metavar="'FLAGS'",
+        help="further flags for our flanneld, with = before them: --udp-flags='--spin=0 --tun-uso=false'",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for run.json and report.md (loden-bench-DATE)")
     parser.add_argument("--name", default="bench", help="of the test stand (bench)")
