@@ -8,7 +8,6 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
 from dataplane._fib cimport fib_table
-from dataplane._udpio cimport udp_inbox, udp_outbox
 
 cdef enum:
     EVENTS = 256

@@ -12,7 +12,7 @@ from dataplane._offload cimport (
 from dataplane._pump cimport (
     engine_state, enter, leave, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
 )
-from dataplane._tunio cimport tun_write, tun_write_parts
+from dataplane._tunio cimport tun_write_parts
 from dataplane._udpio cimport MESSAGES, datagram_size, receive, source_of, udp_inbox
 from dataplane.headers cimport ipv4_view, parse_ipv4
 
@@ -58,12 +58,23 @@ cdef inline void note_unknown(engine_state* engine, rx_state* rx, uint32_t addre
 
 # ----------------------------------------------------------------------------------------------------- delivery
 
-cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_ref* packet) noexcept nogil:
-    cdef int error = tun_write(engine.tun, packet.data, packet.length)
+cdef inline int write_patiently(engine_state* engine, virtio_net_hdr* header, iovec* parts, int count) noexcept nogil:
+    """0 or -errno; a TUN that would block is waited for."""
+    cdef int error = tun_write_parts(engine.tun, header, parts, count)
     while (error == -EAGAIN or error == -EINTR) and not stopping(engine):
         if error == -EAGAIN:
             wait_for(engine, &engine.rx, engine.tun, POLLOUT)
-        error = tun_write(engine.tun, packet.data, packet.length)
+        error = tun_write_parts(engine.tun, header, parts, count)
+    return error
+
+
+cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_ref* packet) noexcept nogil:
+    cdef virtio_net_hdr header
+    cdef int error
+    memset(&header, 0, sizeof(header))
+    rx.parts[1].iov_base = packet.data
+    rx.parts[1].iov_len = packet.length
+    error = write_patiently(engine, &header, rx.parts, 2)
     if error:
         engine.rx.drops[DROP_TUN_WRITE] += 1
         rx.device_error = error
@@ -87,11 +98,7 @@ cdef inline int write_superframe(engine_state* engine, rx_state* rx, const packe
         if packet.next == NO_PEER:
             break
         packet = &rx.packets[packet.next]
-    error = tun_write_parts(engine.tun, &header, rx.parts, count)
-    while (error == -EAGAIN or error == -EINTR) and not stopping(engine):
-        if error == -EAGAIN:
-            wait_for(engine, &engine.rx, engine.tun, POLLOUT)
-        error = tun_write_parts(engine.tun, &header, rx.parts, count)
+    error = write_patiently(engine, &header, rx.parts, count)
     if error == 0:
         engine.rx.superframes += 1
         engine.rx.packets += chain.count

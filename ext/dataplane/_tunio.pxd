@@ -3,7 +3,6 @@
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t
-from libc.string cimport memset
 
 from dataplane.abi cimport iovec, readv, virtio_net_hdr, writev
 
@@ -28,13 +27,3 @@ cdef inline int tun_write_parts(int fd, virtio_net_hdr* header, iovec* parts, in
     parts[0].iov_base = header
     parts[0].iov_len = sizeof(virtio_net_hdr)
     return 0 if writev(fd, parts, count) >= 0 else -errno
-
-
-cdef inline int tun_write(int fd, const uint8_t* packet, size_t length) noexcept nogil:
-    """Hand one finished packet to the kernel; 0 or -errno."""
-    cdef virtio_net_hdr header
-    cdef iovec parts[2]
-    memset(&header, 0, sizeof(header))
-    parts[1].iov_base = <void*>packet
-    parts[1].iov_len = length
-    return tun_write_parts(fd, &header, parts, 2)

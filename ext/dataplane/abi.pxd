@@ -39,7 +39,6 @@ cdef extern from "<sys/socket.h>" nogil:
         pass
     ssize_t sendto(int fd, const void* data, size_t length, int flags, const sockaddr* to, unsigned int to_length)
     int MSG_DONTWAIT
-    int MSG_TRUNC
     int AF_INET
 
 cdef extern from "<linux/udp.h>" nogil:
