@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Protocol
 
 from dataplane.errors import DropReason
@@ -18,21 +18,26 @@ from dataplane.path.capability import Capability
 
 @dataclass(frozen=True, slots=True)
 class Underlay:
-    """The interface that faces the other nodes. `public_ip` is what peers send to; behind NAT it is not `address`."""
+    """The interface that faces the other nodes. `public_ip` is what peers send to; behind NAT it is not `address`.
+
+    A node without IPv4 has 0.0.0.0 for both, as in its lease; one without IPv6 has None for both.
+    """
 
     name: str
     index: int
     address: IPv4Address
     public_ip: IPv4Address
     mtu: int
+    address_v6: IPv6Address | None = None
+    public_ipv6: IPv6Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
     """Inner packets and bytes to and from one peer. `idle`: seconds since the last packet came in, None for never."""
 
-    subnet: IPv4Network
-    public_ip: IPv4Address
+    subnet: IPv4Network | IPv6Network
+    public_ip: IPv4Address | IPv6Address
     tx_packets: int
     tx_bytes: int
     rx_packets: int
@@ -49,9 +54,9 @@ class BackendStatus:
     mtu: int
     peers: tuple[PeerStatus, ...]
     drops: dict[DropReason, int]
-    unknown_sources: dict[IPv4Address, int]
+    unknown_sources: dict[IPv4Address | IPv6Address, int]
     """Datagrams by outer sources that hold no lease."""
-    ignored: dict[IPv4Network, str]
+    ignored: dict[IPv4Network | IPv6Network, str]
     """Leases of other nodes that this backend cannot carry, with the reason."""
     capabilities: dict[Capability, str]
     """`on`, or why not."""

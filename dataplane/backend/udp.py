@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Network
 
 from dataplane.backend.base import BackendStatus, PeerStatus, Underlay
 from dataplane.errors import DropReason, KernelError
@@ -79,8 +79,8 @@ class UdpBackend:
         self._tun: tun.Tun | None = None
         self._path: Datapath | None = None
         self._routes: dict[IPv4Network, IPv4Address] = {}
-        self._ignored: dict[IPv4Network, str] = {}
-        self._unknown: dict[IPv4Address, int] = {}
+        self._ignored: dict[IPv4Network | IPv6Network, str] = {}
+        self._unknown: dict[IPv4Address | IPv6Address, int] = {}
         self._complaints: dict[tuple[PathEventKind, IPv4Address, int], float] = {}
         self._path_mtus: dict[IPv4Address, asyncio.TimerHandle] = {}
         self._rebuild: asyncio.Task[None] | None = None

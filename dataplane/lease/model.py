@@ -58,6 +58,12 @@ class LeaseKey:
             raise LeaseInvalid(f"key {_short(text)}: {error}") from None
         return cls(subnet, subnet_v6)
 
+    @property
+    def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """What the key really leases. A lease of IPv6 alone has 0.0.0.0/0 in its place for IPv4: that is no subnet."""
+        v4 = () if self.subnet.prefixlen == 0 else (self.subnet,)
+        return v4 if self.subnet_v6 is None else (*v4, self.subnet_v6)
+
     def overlaps(self, other: LeaseKey) -> bool:
         """Whether some address belongs to both."""
         if self.subnet.overlaps(other.subnet):
