@@ -1,15 +1,14 @@
 """Owns the composition of the daemon: what is started in which order, what a signal does, what is closed again.
 
-The only place that opens stores and backends by name; it decides nothing else. Invariant: whatever start reached, stop
-undoes in the opposite order, and every way out has one exit code: 0 for an ordered stop, -help and -version, 2 for
-flags that cannot be, 1 for everything else.
+It decides nothing: which class stands for a flag or a net-conf is for `parts` to say. Invariant: whatever start
+reached, stop undoes in the opposite order, and every way out has one exit code: 0 for an ordered stop, -help and
+-version, 2 for flags that cannot be, 1 for everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import random
@@ -20,18 +19,19 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataplane import __version__, klog, netconf, systemd
+from dataplane import __version__, klog, netconf, parts, systemd
 from dataplane import options as flags
 from dataplane.backend.base import Backend, Underlay
+from dataplane.cleanup import cleanup
 from dataplane.debug import status
 from dataplane.debug.control import ControlServer
 from dataplane.errors import ConfigError, KernelError, LodenError
 from dataplane.health import HealthServer
 from dataplane.kernel import firewall, iface, subnetfile
-from dataplane.lease.allocate import Claim
 from dataplane.lease.keeper import LeaseKeeper, fetch_config
 from dataplane.lease.model import Lease
 from dataplane.lease.store import LeaseStore
+from dataplane.memory import Memory
 from dataplane.netconf import NetworkConfig
 from dataplane.options import Options
 
@@ -96,54 +96,12 @@ def _stop_once(stop: asyncio.Event, number: signal.Signals) -> None:
     stop.set()
 
 
-async def open_store(options: Options) -> LeaseStore:
-    """The lease store that the flags name."""
-    if options.lease_store:
-        from dataplane.lease.sqlite import SqliteStore
-
-        return await SqliteStore.open(options.lease_store)
-    from dataplane.lease.etcd import EtcdStore
-
-    return EtcdStore(
-        options.etcd_endpoints,
-        options.etcd_prefix,
-        keyfile=options.etcd_keyfile,
-        certfile=options.etcd_certfile,
-        cafile=options.etcd_cafile,
-        username=options.etcd_username,
-        password=options.etcd_password,
-    )
-
-
-async def cleanup(options: Options) -> None:
-    """Remove what a former daemon left: its firewall rules, its device (address and route go with it), its state."""
-    from dataplane.kernel import tun
-    from dataplane.kernel.netlink import Netlink
-
-    places = subnetfile.places(options.subnet_file, options.control_socket)
-    with subnetfile.DaemonLock(places.lock):
-        if await firewall.remove_forward():
-            log.info("Removed the forward rules")
-        device = subnetfile.read_state(places.state).device
-        netlink = await Netlink.open()
-        try:
-            if device in tun.leftovers(await netlink.links()):
-                await netlink.remove_link(device)
-                log.info("Removed device %s", device)
-        finally:
-            await netlink.close()
-        for place in (places.state, places.control_socket):
-            Path(place).unlink(missing_ok=True)
-    log.info("Nothing that a former daemon left remains")
-
-
 class Daemon:
     """One node's daemon, from start to stop."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._places = subnetfile.places(options.subnet_file, options.control_socket)
-        self._state = subnetfile.DaemonState()
         self._store: LeaseStore | None = None
         self._keeper: LeaseKeeper | None = None
         self._backend: Backend | None = None
@@ -153,9 +111,8 @@ class Daemon:
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(subnetfile.DaemonLock(self._places.lock))
-            self._state = subnetfile.read_state(self._places.state)
             await self._listen(stack)
-            self._store = await open_store(self._options)
+            self._store = await parts.open_store(self._options)
             stack.push_async_callback(self._store.close)
             log.info("Created subnet manager: %s", self._store.name)
             network = await fetch_config(self._store, self._read_network, rng=self._rng)
@@ -181,17 +138,18 @@ class Daemon:
         netlink = await Netlink.open()
         stack.push_async_callback(netlink.close)
         facing = await self._choose_underlay(netlink)
-        backend = self._backend = self._make_backend(network, facing, netlink)
+        memory = Memory(self._places.state)
+        backend = self._backend = parts.make_backend(self._options, network, facing, netlink, memory)
         stack.push_async_callback(backend.close)
         keeper = self._keeper = LeaseKeeper(
             store,
             network,
             await backend.prepare(),
-            claim=self._claim(),
+            claim=memory.claim(),
             previous=subnetfile.read_previous(self._places.subnet_file),
             renew_margin=self._options.subnet_lease_renew_margin * 60.0,
             on_events=backend.apply,
-            on_own=self._remember_lease,
+            on_own=memory.keep_lease,
             rng=self._rng,
         )
         return keeper, backend
@@ -227,51 +185,6 @@ class Daemon:
             names=self._options.iface,
             public_ip=IPv4Address(self._options.public_ip) if self._options.public_ip else None,
         )
-
-    def _make_backend(self, network: NetworkConfig, facing: Underlay, netlink: Netlink) -> Backend:
-        if network.enable_ipv6:
-            raise ConfigError("EnableIPv6 in the net-conf: IPv6 is not built yet; set it to false")
-        if network.network is None:
-            raise ConfigError("none defined stack: the net-conf enables neither IPv4 nor IPv6")
-        if not isinstance(network.backend, netconf.UdpConfig):
-            raise ConfigError(f"Backend.Type {network.backend.type!r} is not built yet; this version carries udp")
-        from dataplane.backend.udp import UdpBackend
-        from dataplane.path.capability import EVERYTHING
-        from dataplane.path.datapath import SourceCheck
-
-        return UdpBackend(
-            facing,
-            network.network,
-            network.backend.port,
-            netlink,
-            source_check=SourceCheck[self._options.source_check.upper()],
-            wanted=EVERYTHING - self._options.switched_off - network.backend.switched_off,
-            spin=self._options.spin / 1e6,
-            device=self._state.device,
-            on_device=self._remember_device,
-        )
-
-    def _claim(self) -> Claim | None:
-        state = self._state
-        if not state.key:
-            return None
-        return Claim(state.key, state.create_revision, IPv4Address(state.public_ip))
-
-    def _remember_device(self, name: str) -> None:
-        self._remember(device=name)
-
-    def _remember_lease(self, lease: Lease) -> None:
-        self._remember(key=str(lease.key), create_revision=lease.create_revision, public_ip=str(lease.attrs.public_ip))
-
-    def _remember(self, **changes: Any) -> None:
-        state = dataclasses.replace(self._state, **changes)
-        if state == self._state:
-            return
-        try:
-            subnetfile.write_state(self._places.state, state)
-        except KernelError as error:
-            log.error("Cannot keep the state for the next start: %s", error)
-        self._state = state
 
     def _ready(self) -> bool:
         """Packets can be carried, the peers are known, and our lease is ours."""

@@ -32,7 +32,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _set(arguments: argparse.Namespace) -> int:
-    from dataplane import daemon, netconf
+    from dataplane import netconf, parts
 
     given = {name: getattr(arguments, name.replace("-", "_")) for name in _STORE_FLAGS}
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
@@ -44,7 +44,7 @@ def _set(arguments: argparse.Namespace) -> int:
         print(f"loden: {warning}", file=sys.stderr)
 
     async def write() -> str:
-        store = await daemon.open_store(chosen)
+        store = await parts.open_store(chosen)
         try:
             await store.write_config(text)
             return store.name

@@ -13,7 +13,7 @@ import pytest
 import dataplane
 from dataplane import options
 from dataplane.cli import main
-from dataplane.daemon import open_store
+from dataplane.parts import open_store
 
 GOOD = b'{"Network": "10.5.0.0/16", "Backend": {"Type": "udp"}}'
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dataplane import options
-from dataplane.daemon import open_store
 from dataplane.lab import Lab, Node
+from dataplane.parts import open_store
 
 SUBNETS = "/coreos.com/network/subnets/"
 both_stores = pytest.mark.parametrize("store", ["sqlite", pytest.param("etcd", marks=pytest.mark.etcd)])
