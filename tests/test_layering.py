@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dataplane"
 
 FLOORS = {
-    0: ["errors", "lease.model", "lease.store", "path.capability", "path.wire", "path.superframe"],
+    0: ["errors", "kernel.facts", "lease.model", "lease.store", "path.capability", "path.wire", "path.superframe"],
     1: [
         "netconf",
         "options",
@@ -23,7 +23,7 @@ FLOORS = {
         "lease.texts",
         "lease.etcd_wire",
         "backend.base",
-        "kernel.facts",
+        "kernel.rtnetlink",
     ],
     2: ["lease.sqlite", "lease.etcd", "lease.keeper", "kernel.*"],
     3: ["path.datapath"],

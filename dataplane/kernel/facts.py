@@ -1,11 +1,11 @@
-"""Owns the records in which the kernel's links, addresses and routes are told to the rest of the house.
+"""Owns the records in which the kernel's links, addresses, routes and events are told to the rest of the house.
 
 Free of: IO, netlink. Invariant: a record says what the kernel said at one moment and never changes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -14,6 +14,23 @@ from ipaddress import (
     IPv6Interface,
     IPv6Network,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Vxlan:
+    """What makes a kernel vxlan device what it is (drivers/net/vxlan)."""
+
+    vni: int
+    lower: int
+    """Index of the underlay device; 0 for none."""
+    local: IPv4Address | IPv6Address | None
+    """The outer source address."""
+    port: int
+    """Where it listens and what it sends to."""
+    learning: bool = False
+    gbp: bool = False
+    group: IPv4Address | IPv6Address | None = None
+    """The multicast group or remote of the default FDB entry; ours have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +49,8 @@ class Link:
     """MAC as `aa:bb:cc:dd:ee:ff`; empty for a device without one, such as a TUN (a TAP has one)."""
     udp_port: int = 0
     """The UDP port on which a kernel vxlan device listens; 0 for every other device."""
+    vxlan: Vxlan | None = None
+    """Of a kernel vxlan device only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +81,55 @@ class Route:
     table: int
     metric: int
     scope: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvent:
+    """A device is there, as it is now, or is `gone`."""
+
+    gone: bool
+    index: int
+    name: str
+    up: bool
+    carrier: bool
+    mtu: int
+    address: str
+    """MAC, as in Link."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddressEvent:
+    """A device has an address, or it is `gone`."""
+
+    gone: bool
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class RouteEvent:
+    """A route is there, or is `gone`. One that replaced another comes alone: nothing tells of the old one.
+
+    `body`: the kernel's own bytes (rtmsg and attributes), for whoever compares entries.
+    """
+
+    gone: bool
+    route: Route
+    body: bytes = field(default=b"", repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourEvent:
+    """A neighbour, or an entry of the FDB, of the device `index` is there as `body` says, or is `gone`."""
+
+    gone: bool
+    index: int
+    fdb: bool
+    body: bytes = field(default=b"", repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Overrun:
+    """The kernel had more to tell than we could hold: anything may have changed, look at everything at once."""
+
+
+KernelEvent = LinkEvent | AddressEvent | RouteEvent | NeighbourEvent | Overrun

@@ -1,0 +1,127 @@
+"""Owns the kernel's news: what changes in links, addresses, routes and neighbours of our namespace, as it happens.
+
+Free of: requests and policy. Invariant: every event that the kernel could deliver is handed on, in its order; where it
+could not, an Overrun says so in their place, and nothing else is ever lost in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from enum import IntEnum
+
+from dataplane.errors import KernelError
+from dataplane.kernel import rtnetlink
+from dataplane.kernel.facts import KernelEvent, Overrun
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES = 4 << 20
+"""Room for some thousand events that come while the loop is busy; the kernel takes a page or less for each."""
+BATCH = 256
+"""Events that are read before others of the loop have their turn."""
+EVENT_BYTES = 65_536
+
+_SO_RCVBUFFORCE = 33
+
+
+class Group(IntEnum):
+    """What may be listened to (linux/rtnetlink.h, RTNLGRP_*)."""
+
+    LINK = 1
+    NEIGHBOUR = 3
+    """Neighbours of every device, and the FDB; on a node with many pods these are many."""
+    ADDRESS = 5
+    ROUTE = 7
+    ADDRESS_V6 = 9
+    ROUTE_V6 = 11
+
+
+UNDERLAY = frozenset({Group.LINK, Group.ADDRESS, Group.ADDRESS_V6, Group.ROUTE, Group.ROUTE_V6})
+"""Everything by which the way to other nodes may change."""
+
+
+class KernelEvents:
+    """A listener: `KernelEvents.open(groups, on_event)`, then `close()`.
+
+    `on_event` is called in the loop, once for each event; what it raises is logged and ends nothing. Open it before
+    the first look at the kernel's state: then no change can fall between the look and the first event.
+    """
+
+    def __init__(self, receiver: socket.socket, on_event: Callable[[KernelEvent], None]) -> None:
+        self._socket = receiver
+        self._on_event = on_event
+        self._overrun = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(receiver.fileno(), self._read)
+
+    @classmethod
+    def open(cls, groups: frozenset[Group], on_event: Callable[[KernelEvent], None]) -> KernelEvents:
+        """Listen in the namespace of the calling thread, whose loop runs. Raises KernelError."""
+        try:
+            receiver = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        except OSError as error:
+            raise KernelError(f"cannot listen to the kernel's network events: {error.strerror}") from error
+        try:
+            receiver.setblocking(False)
+            _enlarge(receiver)
+            receiver.bind((0, sum(1 << (group - 1) for group in groups)))
+            return cls(receiver, on_event)
+        except OSError as error:
+            receiver.close()
+            raise KernelError(f"cannot listen to the kernel's network events: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Stop listening. Safe to call twice."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+    def _read(self) -> None:
+        for _ in range(BATCH):
+            if self._socket.fileno() < 0:  # closed by a handler
+                return
+            try:
+                data, sender = self._socket.recvfrom(EVENT_BYTES)
+            except BlockingIOError:
+                self._drained()
+                return
+            except OSError as error:
+                self._failed(error)
+                continue
+            if sender[0] == 0:  # port 0 is the kernel; other processes could write to us too
+                for kind, _, _, body in rtnetlink.messages(data):
+                    event = rtnetlink.event_of(kind, body)
+                    if event is not None:
+                        self._hand_on(event)
+
+    def _failed(self, error: OSError) -> None:
+        if error.errno != errno.ENOBUFS:
+            log.warning("Cannot read the kernel's network events: %s", error.strerror)
+        self._overrun = True
+        # libuv stops watching a descriptor that polls as faulty, which is what an overrun makes of ours
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.add_reader(self._socket.fileno(), self._read)
+        self._hand_on(Overrun())
+
+    def _drained(self) -> None:
+        """Until the queue is empty the kernel drops on, and says it once only: so this is the time to look again."""
+        if self._overrun:
+            self._overrun = False
+            self._hand_on(Overrun())
+
+    def _hand_on(self, event: KernelEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # one listener's fault must not make it deaf
+            log.exception("A change in the kernel's network state could not be followed: %s", event)
+
+
+def _enlarge(receiver: socket.socket) -> None:
+    try:
+        receiver.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER_BYTES)
+    except PermissionError:  # without CAP_NET_ADMIN the system's limit holds, and overruns come earlier
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
