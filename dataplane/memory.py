@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from dataplane.errors import KernelError
@@ -36,13 +36,19 @@ class Memory:
         state = self._state
         if not state.key:
             return None
-        return Claim(state.key, state.create_revision, IPv4Address(state.public_ip))
+        public_ipv6 = IPv6Address(state.public_ipv6) if state.public_ipv6 else None
+        return Claim(state.key, state.create_revision, IPv4Address(state.public_ip), public_ipv6)
 
     def keep_device(self, name: str) -> None:
         self._keep(device=name)
 
     def keep_lease(self, lease: Lease) -> None:
-        self._keep(key=str(lease.key), create_revision=lease.create_revision, public_ip=str(lease.attrs.public_ip))
+        self._keep(
+            key=str(lease.key),
+            create_revision=lease.create_revision,
+            public_ip=str(lease.attrs.public_ip),
+            public_ipv6=str(lease.attrs.public_ipv6 or ""),
+        )
 
     def _keep(self, **changes: Any) -> None:
         state = dataclasses.replace(self._state, **changes)

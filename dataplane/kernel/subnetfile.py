@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from dataplane.errors import KernelError, LeaseInvalid
-from dataplane.lease.model import LeaseKey
+from dataplane.lease.model import NO_IPV4, LeaseKey
 from dataplane.netconf import NetworkConfig
 from dataplane.options import DEFAULT_SUBNET_FILE
 
@@ -51,7 +51,7 @@ def places(subnet_file: str, control_socket: str = "") -> Places:
 def render(config: NetworkConfig, key: LeaseKey, *, mtu: int, ip_masq: bool) -> bytes:
     """subnet.env byte for byte as flannel writes it; a subnet stands as its first address (facts 5.1)."""
     lines = []
-    if config.enable_ipv4:
+    if config.enable_ipv4 and key.subnet != NO_IPV4:
         subnet = key.subnet
         lines += [f"FLANNEL_NETWORK={config.network}", f"FLANNEL_SUBNET={subnet[1]}/{subnet.prefixlen}"]
     if config.enable_ipv6 and key.subnet_v6 is not None:
@@ -82,13 +82,13 @@ def read_previous(path: str) -> LeaseKey | None:
         if match is not None:
             values[match[1]] = _unquoted(match[2])
     subnet = _only_one(values.get("FLANNEL_SUBNET", ""), IPv4Network)
-    if subnet is None:
-        return None
+    subnet_v6 = _only_one(values.get("FLANNEL_IPV6_SUBNET", ""), IPv6Network)
     try:
         # by way of its text: what no store could hold as a key is no previous subnet either
-        return LeaseKey.parse(str(LeaseKey(subnet, _only_one(values.get("FLANNEL_IPV6_SUBNET", ""), IPv6Network))))
+        key = LeaseKey.parse(str(LeaseKey(subnet or NO_IPV4, subnet_v6)))
     except LeaseInvalid:
         return None
+    return key if key.subnets else None
 
 
 def _unquoted(value: str) -> str:
@@ -118,6 +118,7 @@ class DaemonState:
     key: str = ""
     create_revision: int = 0
     public_ip: str = ""
+    public_ipv6: str = ""
 
 
 class _StateFile(msgspec.Struct):

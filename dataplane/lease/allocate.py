@@ -12,9 +12,10 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import islice
 from random import Random
+from typing import TypeVar
 
 from dataplane.errors import LeaseError, LeaseInvalid
-from dataplane.lease.model import LeaseAttrs, LeaseKey
+from dataplane.lease.model import NO_IPV4, LeaseAttrs, LeaseKey
 from dataplane.lease.store import Entry
 
 _DRAW_FROM = 100
@@ -56,6 +57,7 @@ class Claim:
     key: str
     create_revision: int
     public_ip: IPv4Address
+    public_ipv6: IPv6Address | None = None
 
 
 class Proof(Enum):
@@ -91,19 +93,24 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a node wants a lease for. `subnets_v6` is None where the network has no IPv6."""
+    """What a node wants a lease for. `subnets` or `subnets_v6` is None where the network lacks that family."""
 
-    subnets: SubnetRange
+    subnets: SubnetRange | None
     public_ip: IPv4Address
+    public_ipv6: IPv6Address | None = None
     subnets_v6: SubnetRange | None = None
     claim: Claim | None = None
     previous: LeaseKey | None = None
 
+    @property
+    def ranges(self) -> tuple[SubnetRange, ...]:
+        """One for each family of the network."""
+        return tuple(subnets for subnets in (self.subnets, self.subnets_v6) if subnets is not None)
+
     def fits(self, key: LeaseKey) -> bool:
-        """Whether the network's config allows that key."""
-        if self.subnets_v6 is None or key.subnet_v6 is None:
-            return self.subnets_v6 is None and key.subnet_v6 is None and self.subnets.holds(key.subnet)
-        return self.subnets.holds(key.subnet) and self.subnets_v6.holds(key.subnet_v6)
+        """Whether the network's config allows that key: one subnet of each family, and no other."""
+        subnets = key.subnets
+        return len(subnets) == len(self.ranges) and all(map(SubnetRange.holds, self.ranges, subnets))
 
 
 def plan(entries: Sequence[Entry], wish: Wish, rng: Random) -> Reuse | Discard | Take:
@@ -125,24 +132,25 @@ def plan(entries: Sequence[Entry], wish: Wish, rng: Random) -> Reuse | Discard |
     if ours:
         entry, key, proof = min(ours, key=lambda own: _preference(own, wish))
         return Reuse(entry, key, proof) if wish.fits(key) else Discard(entry)
-    previous = wish.previous
-    if previous is not None and wish.fits(previous) and not any(previous.overlaps(key) for key in taken):
-        return Take(previous, previous=True)
-    v4 = _draw(wish.subnets, (key.subnet for key in taken), rng)
-    v6 = None
-    if wish.subnets_v6 is not None:
-        v6 = _draw(wish.subnets_v6, (key.subnet_v6 for key in taken if key.subnet_v6 is not None), rng)
-    return Take(LeaseKey(IPv4Network(v4), None if v6 is None else IPv6Network(v6)), previous=False)
+    blocks = [subnet for key in taken for subnet in key.subnets]
+    former = () if wish.previous is None else wish.previous.subnets
+    v4 = None if wish.subnets is None else _take(wish.subnets, IPv4Network, former, blocks, rng)
+    v6 = None if wish.subnets_v6 is None else _take(wish.subnets_v6, IPv6Network, former, blocks, rng)
+    key = LeaseKey(v4 or NO_IPV4, v6)
+    return Take(key, previous=key == wish.previous)
 
 
 def _proof(entry: Entry, wish: Wish) -> Proof | None:
     try:
-        public_ip = LeaseAttrs.decode(entry.value).public_ip
+        attrs = LeaseAttrs.decode(entry.value)
     except LeaseInvalid:
         return None
-    if public_ip == wish.public_ip:
+    if attrs.is_at(wish.public_ip, wish.public_ipv6):
         return Proof.PUBLIC_IP
-    return Proof.CLAIM if wish.claim == Claim(entry.key, entry.create_revision, public_ip) else None
+    claim = wish.claim
+    if claim is None or (claim.key, claim.create_revision) != (entry.key, entry.create_revision):
+        return None
+    return Proof.CLAIM if attrs.is_at(claim.public_ip, claim.public_ipv6) else None
 
 
 def _preference(own: tuple[Entry, LeaseKey, Proof], wish: Wish) -> tuple[bool, bool, bool, int]:
@@ -152,17 +160,30 @@ def _preference(own: tuple[Entry, LeaseKey, Proof], wish: Wish) -> tuple[bool, b
     return proof is not Proof.PUBLIC_IP, not claimed, key != wish.previous, entry.create_revision
 
 
-def _draw(subnets: SubnetRange, taken: Iterable[IPv4Network | IPv6Network], rng: Random) -> tuple[int, int]:
-    """(address, prefix length) of one of the first free subnets."""
-    blocks = sorted((int(block.network_address), block.num_addresses) for block in taken)
-    free = list(islice(_free(subnets, blocks), _DRAW_FROM))
+_Net = TypeVar("_Net", IPv4Network, IPv6Network)
+
+
+def _take(
+    subnets: SubnetRange,
+    family: type[_Net],
+    former: Iterable[IPv4Network | IPv6Network],
+    taken: Iterable[IPv4Network | IPv6Network],
+    rng: Random,
+) -> _Net:
+    """The subnet of one family: the former one if it is to be had, else one of the first that are free."""
+    blocks = [block for block in taken if isinstance(block, family)]
+    for subnet in former:
+        if isinstance(subnet, family) and subnets.holds(subnet) and not any(map(subnet.overlaps, blocks)):
+            return subnet
+    spans = sorted((int(block.network_address), block.num_addresses) for block in blocks)
+    free = list(islice(_free(subnets, spans), _DRAW_FROM))
     if not free:
         raise LeaseError(
             f"out of subnets: every /{subnets.length} from {subnets.first} to {subnets.last} overlaps one of the "
             f"{len(blocks)} leases in the store; widen Network, SubnetMin or SubnetMax in the network config, or "
             f"delete the leases of nodes that are gone"
         )
-    return rng.choice(free), subnets.length
+    return family((rng.choice(free), subnets.length))
 
 
 def _free(subnets: SubnetRange, blocks: Iterable[tuple[int, int]]) -> Iterator[int]:

@@ -100,11 +100,11 @@ class LeaseKeeper:
         sleep: Sleep = asyncio.sleep,
         grace: float = WIPED_STORE_GRACE,
     ) -> None:
-        if config.network is None:
-            raise ConfigError("the lease keeper needs an IPv4 Network: keys in the store begin with an IPv4 subnet")
         self._store = store
         self._attrs = attrs
-        self._wish = Wish(_range_v4(config), attrs.public_ip, _range_v6(config), claim, previous)
+        self._wish = Wish(
+            _range_v4(config), attrs.public_ip, attrs.public_ipv6, _range_v6(config), claim=claim, previous=previous
+        )
         self._renew_margin = renew_margin
         self._on_events = on_events
         self._on_own = on_own
@@ -114,7 +114,9 @@ class LeaseKeeper:
         self._grace = grace
         self._grace_until: float | None = None
         self._audit_at: float | None = None
-        self._table = LeaseTable(config.network, config.ipv6_network, own_ip=attrs.public_ip)
+        self._table = LeaseTable(
+            config.network, config.ipv6_network, own_ip=attrs.public_ip, own_ipv6=attrs.public_ipv6
+        )
         self._own: Ownership | None = None
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -185,14 +187,15 @@ class LeaseKeeper:
                 return None
             case Reuse(entry, key, proof):
                 words = "current IP" if proof is Proof.PUBLIC_IP else "this node under its former IP, now"
-                log.info("Found lease (%s) for %s (%s), reusing", texts.families(key), words, self._attrs.public_ip)
+                log.info("Found lease (%s) for %s (%s), reusing", texts.families(key), words, self._attrs.node)
                 ttl = None if entry.reserved else LEASE_TTL
                 written = await self._store.replace(entry.key, self._attrs.encode(), ttl, expected=entry.mod_revision)
             case Take(key, previous):
                 if previous:
-                    log.info("Found previously leased subnet (%s), reusing", key.subnet)
+                    log.info("Found previously leased subnet (%s), reusing", texts.subnets(key))
                 else:
-                    log.info("Picking subnet in range %s ... %s", self._wish.subnets.first, self._wish.subnets.last)
+                    for subnets in self._wish.ranges:
+                        log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
                 # should the answer be lost, the next attempt asks for the same key, not for a second one
                 self._wish = replace(self._wish, previous=key)
                 written = await self._store.create(str(key), self._attrs.encode(), LEASE_TTL)
@@ -200,7 +203,7 @@ class LeaseKeeper:
             self.counters.lost_races += 1
             log.warning("Another node was faster with lease %s, trying again", key)
             return None
-        log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.public_ip)
+        log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
         self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
         self._table.set_own(written.key)
         self._on_own(self._own.lease)
@@ -388,7 +391,7 @@ class LeaseKeeper:
             log.info("The lease store %s answers again", self._store.name)
 
     def _say_finding(self, own: Ownership, finding: Finding) -> None:
-        key, store, ip = own.text, self._store.name, self._attrs.public_ip
+        key, store, ip = own.text, self._store.name, self._attrs.node
         match finding:
             case Finding.GONE:
                 log.error("Our lease %s is gone from %s (deleted or expired): putting it back", key, store)
@@ -403,16 +406,16 @@ class LeaseKeeper:
                 log.warning("Our lease %s was written by others and names this node (%s): kept as %s", key, ip, kind)
 
 
-def _range_v4(config: NetworkConfig) -> SubnetRange:
+def _range_v4(config: NetworkConfig) -> SubnetRange | None:
     network, first, last = config.network, config.subnet_min, config.subnet_max
     if network is None or first is None or last is None:
-        raise ConfigError("the network config names no IPv4 subnets")
+        return None
     return SubnetRange(network, config.subnet_len, first, last)
 
 
 def _range_v6(config: NetworkConfig) -> SubnetRange | None:
     network, first, last = config.ipv6_network, config.ipv6_subnet_min, config.ipv6_subnet_max
-    if not config.enable_ipv6 or network is None or first is None or last is None:
+    if network is None or first is None or last is None:
         return None
     return SubnetRange(network, config.ipv6_subnet_len, first, last)
 

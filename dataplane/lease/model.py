@@ -22,6 +22,9 @@ LEASE_TTL = 86_400
 MAX_VALUE_BYTES = 4096
 """A lease value longer than this is hostile or broken; flannel's are under 300 bytes."""
 
+NO_IPV4 = IPv4Network("0.0.0.0/0")
+"""What a key has for IPv4 where a node leases IPv6 alone: flannel's key begins with an IPv4 subnet in any case."""
+
 _KEY = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-(\d{1,2})(?:&([0-9a-f:.]+)-(\d{1,3}))?", re.ASCII)
 _FIELDS = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
 _BY_FOLDED_NAME = {name.casefold(): name for name in _FIELDS}
@@ -31,7 +34,8 @@ _BY_FOLDED_NAME = {name.casefold(): name for name in _FIELDS}
 class LeaseKey:
     """The subnet that a lease is about; its text is the last part of flannel's key.
 
-    `10.5.52.0-24`, or `10.5.52.0-24&fd00:5:52::-64` for two families (pkg/subnet/subnet.go).
+    `10.5.52.0-24`, or `10.5.52.0-24&fd00:5:52::-64` for two families (pkg/subnet/subnet.go), or
+    `0.0.0.0-0&fd00:5:52::-64` for IPv6 alone.
     """
 
     subnet: IPv4Network
@@ -60,22 +64,25 @@ class LeaseKey:
 
     @property
     def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        """What the key really leases. A lease of IPv6 alone has 0.0.0.0/0 in its place for IPv4: that is no subnet."""
-        v4 = () if self.subnet.prefixlen == 0 else (self.subnet,)
+        """What the key really leases: an IPv4 subnet, an IPv6 one, or both; NO_IPV4 is no subnet."""
+        v4 = () if self.subnet == NO_IPV4 else (self.subnet,)
         return v4 if self.subnet_v6 is None else (*v4, self.subnet_v6)
 
     def overlaps(self, other: LeaseKey) -> bool:
         """Whether some address belongs to both."""
-        if self.subnet.overlaps(other.subnet):
-            return True
-        return self.subnet_v6 is not None and other.subnet_v6 is not None and self.subnet_v6.overlaps(other.subnet_v6)
+        return any(one.overlaps(two) for one in self.subnets for two in other.subnets if one.version == two.version)
+
+    def within(self, *, ipv4: bool, ipv6: bool) -> LeaseKey:
+        """The same without the families that are off."""
+        return LeaseKey(self.subnet if ipv4 else NO_IPV4, self.subnet_v6 if ipv6 else None)
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseAttrs:
     """What a node says of itself in its lease: where it is reached and by which backend.
 
-    `backend_data` and `backend_v6_data` are raw JSON, empty where there is none.
+    `backend_data` and `backend_v6_data` are raw JSON, empty where there is none. A node without an IPv4 address has
+    0.0.0.0 as its `public_ip`.
     """
 
     public_ip: IPv4Address
@@ -83,6 +90,20 @@ class LeaseAttrs:
     backend_type: str = ""
     backend_data: bytes = b""
     backend_v6_data: bytes = b""
+
+    @property
+    def node(self) -> IPv4Address | IPv6Address:
+        """The address by which a node is told from others, and named in logs."""
+        if self.public_ip.is_unspecified and self.public_ipv6 is not None:
+            return self.public_ipv6
+        return self.public_ip
+
+    def is_at(self, public_ip: IPv4Address, public_ipv6: IPv6Address | None) -> bool:
+        """Whether the node has these addresses. IPv4 decides, as with flannel, and IPv6 where either side has none:
+        else every node without IPv4 would be the same one (facts 3.8)."""
+        if not self.public_ip.is_unspecified and not public_ip.is_unspecified:
+            return self.public_ip == public_ip
+        return self.public_ipv6 is not None and self.public_ipv6 == public_ipv6
 
     def encode(self) -> bytes:
         """The value as flannel writes it: its order of fields, no blanks, empty ones left out (facts 3.2)."""

@@ -115,11 +115,11 @@ class Ownership:
         if isinstance(fact, Deleted):
             return self._gone()
         try:
-            public_ip = LeaseAttrs.decode(fact.value).public_ip
+            attrs = LeaseAttrs.decode(fact.value)
         except LeaseInvalid as error:
             return self._taken(str(error))
-        if public_ip != self.attrs.public_ip:
-            return self._taken(str(public_ip))
+        if not attrs.is_at(self.attrs.public_ip, self.attrs.public_ipv6):
+            return self._taken(str(attrs.node))
         # an entry that is certain and older than what was known: the store lives in another history, from a backup
         return self._named(fact, now, restored=revision <= known)
 

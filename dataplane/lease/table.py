@@ -10,14 +10,15 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import MappingProxyType
 
 from dataplane.errors import LeaseInvalid
-from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
+from dataplane.lease.model import NO_IPV4, Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
 from dataplane.lease.store import Batch, Deleted, Entry, Snapshot
 
 _BROADCAST = IPv4Address("255.255.255.255")
+_NOWHERE = IPv4Address(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,26 @@ class _Record:
 class LeaseTable:
     """Turns snapshots and batches of one network into events about peers.
 
+    The leases that it hands out name subnets of the network's own families only: of a lease with both, a network of
+    IPv4 alone sees the IPv4 half, and one of IPv6 alone is none of its peers'.
+
     Two leases that overlap: the lower create revision is obeyed (at a tie the lower key), the other is rejected and
     comes in when the winner goes. What overlaps our own lease is rejected whatever its age. A snapshot costs
     O(n log n), a change O(log n) plus the leases that it overlaps.
     """
 
     def __init__(
-        self, network: IPv4Network, network_v6: IPv6Network | None = None, *, own_ip: IPv4Address | None = None
+        self,
+        network: IPv4Network | None,
+        network_v6: IPv6Network | None = None,
+        *,
+        own_ip: IPv4Address = _NOWHERE,
+        own_ipv6: IPv6Address | None = None,
     ) -> None:
         self._network = network
         self._network_v6 = network_v6
-        self._own_ip = own_ip
+        self._networks = [block for block in (network, network_v6) if block is not None]
+        self._own_ips = {own_ip, own_ipv6} - {_NOWHERE, None}
         self._own_text: str | None = None
         self._own_key: LeaseKey | None = None
         self._records: dict[str, _Record] = {}
@@ -169,27 +179,41 @@ class LeaseTable:
         try:
             key = LeaseKey.parse(entry.key)
             attrs = LeaseAttrs.decode(entry.value)
-            self._check(key, attrs)
-            good = Lease(key, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
+            obeyed = self._checked(key, attrs)
+            good = Lease(obeyed, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
         except LeaseInvalid as error:
             fault = str(error)
             if before is not None and same:
                 good = before.good
         return _Record(entry.create_revision, entry.mod_revision, digest, key, good, fault)
 
-    def _check(self, key: LeaseKey, attrs: LeaseAttrs) -> None:
-        if not key.subnet.subnet_of(self._network):
-            raise LeaseInvalid(f"subnet {key.subnet} lies outside the network {self._network}")
-        v6, network_v6 = key.subnet_v6, self._network_v6
-        if v6 is not None and network_v6 is not None and not v6.subnet_of(network_v6):
-            raise LeaseInvalid(f"subnet {v6} lies outside the network {network_v6}")
-        for ip in (attrs.public_ip, attrs.public_ipv6):
-            if ip is not None and (ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST):
-                raise LeaseInvalid(f"public IP {ip} is not the address of a node")
-            if ip is not None and (ip in self._network or (network_v6 is not None and ip in network_v6)):
-                raise LeaseInvalid(f"public IP {ip} lies inside the overlay's own network")
-        if attrs.public_ip == self._own_ip:
-            raise LeaseInvalid(f"public IP {attrs.public_ip} is that of this node")
+    def _checked(self, key: LeaseKey, attrs: LeaseAttrs) -> LeaseKey:
+        """The key, cut to the network's families. Raises LeaseInvalid for what cannot be obeyed."""
+        if key.subnets == ():
+            raise LeaseInvalid("the key names no subnet: routing to it would make a peer the default route")
+        obeyed = key.within(ipv4=self._network is not None, ipv6=self._network_v6 is not None)
+        if obeyed.subnets == ():
+            lacks = 4 if self._network is None else 6
+            raise LeaseInvalid(f"it leases {key.subnets[0]} alone, and this network has no IPv{lacks}")
+        v4, v6 = obeyed.subnet, obeyed.subnet_v6
+        if self._network is not None and v4 != NO_IPV4 and not v4.subnet_of(self._network):
+            raise LeaseInvalid(f"subnet {v4} lies outside the network {self._network}")
+        if self._network_v6 is not None and v6 is not None and not v6.subnet_of(self._network_v6):
+            raise LeaseInvalid(f"subnet {v6} lies outside the network {self._network_v6}")
+        if obeyed.subnet != NO_IPV4 or attrs.public_ipv6 is None or attrs.public_ip != _NOWHERE:
+            self._check_public_ip(attrs.public_ip)
+        if attrs.public_ipv6 is not None:
+            self._check_public_ip(attrs.public_ipv6)
+        return obeyed
+
+    def _check_public_ip(self, ip: IPv4Address | IPv6Address) -> None:
+        nobody = ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST
+        if nobody or (ip.version == 6 and (ip.is_link_local or ip.ipv4_mapped is not None)):
+            raise LeaseInvalid(f"public IP {ip} is not the address of a node")
+        if any(ip in network for network in self._networks):
+            raise LeaseInvalid(f"public IP {ip} lies inside the overlay's own network")
+        if ip in self._own_ips:
+            raise LeaseInvalid(f"public IP {ip} is that of this node")
 
     def _contender(self, text: str) -> Lease | None:
         """The lease by which `text` takes part in the question who holds an address."""
@@ -322,6 +346,5 @@ class _OverlapIndex:
 
 def _blocks(key: LeaseKey) -> Iterator[tuple[int, int, int]]:
     """(IP version, prefix length, first address) of each family of a key."""
-    yield 4, key.subnet.prefixlen, int(key.subnet.network_address)
-    if key.subnet_v6 is not None:
-        yield 6, key.subnet_v6.prefixlen, int(key.subnet_v6.network_address)
+    for subnet in key.subnets:
+        yield subnet.version, subnet.prefixlen, int(subnet.network_address)

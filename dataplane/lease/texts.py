@@ -7,7 +7,7 @@ since guides and scripts look for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from dataplane.lease.model import LeaseEvent, LeaseEventKind, LeaseKey
 
@@ -24,12 +24,16 @@ _WORDS = {
 def event_lines(events: Sequence[LeaseEvent]) -> Iterator[str]:
     if len(events) <= MOST_EVENT_LINES:
         for event in events:
-            yield f"{_WORDS[event.kind]}: {event.lease.key.subnet} via {event.lease.attrs.public_ip}"
+            yield f"{_WORDS[event.kind]}: {subnets(event.lease.key)} via {event.lease.attrs.node}"
         return
     for kind, words in _WORDS.items():
         number = sum(event.kind is kind for event in events)
         if number:
             yield f"{words}: {number} of them at once"
+
+
+def subnets(key: LeaseKey) -> str:
+    return ", ".join(map(str, key.subnets))
 
 
 def families(key: LeaseKey) -> str:
@@ -57,14 +61,14 @@ def wiped(store: str, peers: int, grace: float) -> str:
     )
 
 
-def taken(key: str, store: str, holder: str, public_ip: IPv4Address) -> str:
+def taken(key: str, store: str, holder: str, public_ip: IPv4Address | IPv6Address) -> str:
     return (
         f"Our lease {key} is taken: {store} now names {holder}, not this node ({public_ip}). This node is fenced and "
         f"writes nothing over it. Delete the entry to get it back, or restart this daemon for another subnet"
     )
 
 
-def twin(key: str, store: str, public_ip: IPv4Address) -> str:
+def twin(key: str, store: str, public_ip: IPv4Address | IPv6Address) -> str:
     return (
         f"Another live daemon has our public IP {public_ip} and writes our lease {key} in {store}. Give each node an "
         f"address of its own (--iface, --public-ip), stop the other daemon, then restart this one"

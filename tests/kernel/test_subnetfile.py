@@ -28,16 +28,17 @@ from dataplane.kernel.subnetfile import (
     write_state,
     write_subnet_file,
 )
-from dataplane.lease.model import LeaseKey
+from dataplane.lease.model import NO_IPV4, LeaseKey
 from dataplane.netconf import NetworkConfig, parse
 
 V4 = parse(b'{"Network": "10.42.0.0/16"}', origin="test")
 DUAL = parse(
     b'{"Network": "10.42.0.0/16", "EnableIPv6": true, "IPv6Network": "2001:cafe:42::/56"}', origin="test"
 )
+V6 = parse(b'{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "2001:cafe:42::/56"}', origin="test")
 KEY = LeaseKey(IPv4Network("10.42.7.0/24"))
 DUAL_KEY = LeaseKey(IPv4Network("10.42.7.0/24"), IPv6Network("2001:cafe:42::/64"))
-STATE = DaemonState("flannel0", "10.42.7.0-24", 17, "192.0.2.11")
+STATE = DaemonState("flannel0", "10.42.7.0-24&2001:cafe:42::-64", 17, "192.0.2.11", "fd00:198:18::11")
 
 
 @pytest.fixture
@@ -74,6 +75,16 @@ def test_subnet_file_of_two_families_byte_for_byte() -> None:
     )
 
 
+def test_subnet_file_of_ipv6_alone_has_no_line_of_ipv4() -> None:
+    key = LeaseKey(NO_IPV4, DUAL_KEY.subnet_v6)
+    assert render(V6, key, mtu=1430, ip_masq=False) == (
+        b"FLANNEL_IPV6_NETWORK=2001:cafe:42::/56\n"
+        b"FLANNEL_IPV6_SUBNET=2001:cafe:42::1/64\n"
+        b"FLANNEL_MTU=1430\n"
+        b"FLANNEL_IPMASQ=false\n"
+    )
+
+
 def test_subnet_file_of_ipv4_is_readable_by_all_whatever_the_umask(tmp_path: Path, narrow_umask: None) -> None:
     path = tmp_path / "new" / "deep" / "subnet.env"
     write(path)
@@ -90,13 +101,14 @@ def test_a_directory_that_exists_keeps_its_mode(tmp_path: Path) -> None:
     assert mode(tmp_path) == 0o700
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(8, 30), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(8, 30), st.sampled_from(["v4", "dual", "v6"]))
 def test_what_was_written_is_the_previous_subnet(
-    tmp_path_factory: pytest.TempPathFactory, ip: int, bits: int, dual: bool
+    tmp_path_factory: pytest.TempPathFactory, ip: int, bits: int, families: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"round-trip-{os.getpid()}.env"
-    key = LeaseKey(IPv4Network((ip, bits), strict=False), IPv6Network("2001:cafe:42:7::/64") if dual else None)
-    write(path, DUAL if dual else V4, key)
+    both = LeaseKey(IPv4Network((ip, bits), strict=False), IPv6Network("2001:cafe:42:7::/64"))
+    key = both.within(ipv4=families != "v6", ipv6=families != "v4")
+    write(path, {"v4": V4, "dual": DUAL, "v6": V6}[families], key)
     assert read_previous(str(path)) == key
 
 
@@ -114,7 +126,8 @@ def test_what_was_written_is_the_previous_subnet(
         (b"FLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPV6_SUBNET=fd00:5::1/64", "10.1.2.0-24&fd00:5::-64"),
         (b"FLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPV6_SUBNET=FD00:5::1/64,bad", "10.1.2.0-24&fd00:5::-64"),
         (b"FLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPV6_SUBNET=fd00::1/64,fd01::1/64", "10.1.2.0-24"),
-        (b"FLANNEL_IPV6_SUBNET=fd00::1/64", None),
+        (b"FLANNEL_IPV6_SUBNET=fd00::1/64", "0.0.0.0-0&fd00::-64"),
+        (b"FLANNEL_SUBNET=0.0.0.0/0", None),
         (b"FLANNEL_SUBNET=10.1.2.1", None),
         (b"FLANNEL_SUBNET=10.1.2.1/255.255.255.0", None),
         (b"FLANNEL_SUBNET=10.1.2.1/32", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from random import Random
 
@@ -72,6 +73,54 @@ def test_with_ipv6_on_both_parts_must_fit_and_both_are_drawn() -> None:
     assert isinstance(taken, Take)
     assert wish.fits(taken.key)
     assert not taken.key.overlaps(LeaseKey.parse("10.5.1.0-24&fd00:0:0:1::-64"))
+
+
+V6_ONLY = LeaseKey.parse("0.0.0.0-0&fd00:0:0:1::-64")
+NOWHERE, ME_V6, OTHER_V6 = IPv4Address(0), IPv6Address("fd00:198:18::1"), IPv6Address("fd00:198:18::3")
+
+
+def entry_v6(key: LeaseKey, ip: IPv6Address, created: int = 1) -> Entry:
+    return Entry(str(key), LeaseAttrs(NOWHERE, ip).encode(), created, created + 5)
+
+
+def test_without_ipv4_our_entry_is_found_by_our_ipv6_address() -> None:
+    wish = Wish(None, NOWHERE, ME_V6, RANGE_V6)
+    ours = entry_v6(V6_ONLY, ME_V6)
+    assert planned([entry(A, OTHER), ours], wish) == Reuse(ours, V6_ONLY, Proof.PUBLIC_IP)
+    step = planned([entry_v6(V6_ONLY, OTHER_V6), entry("10.5.2.0-24&fd00:0:0:2::-64", OTHER)], wish)
+    assert isinstance(step, Take)
+    assert wish.fits(step.key)
+    assert step.key.subnets == (step.key.subnet_v6,)
+    assert str(step.key.subnet_v6) not in ("fd00:0:0:1::/64", "fd00:0:0:2::/64")
+
+
+def test_a_claim_proves_an_entry_of_our_former_ipv6_address() -> None:
+    claimed = entry_v6(V6_ONLY, OTHER_V6, 3)
+    wish = Wish(None, NOWHERE, ME_V6, RANGE_V6, claim=Claim(str(V6_ONLY), 3, NOWHERE, OTHER_V6))
+    assert planned([claimed], wish) == Reuse(claimed, V6_ONLY, Proof.CLAIM)
+    assert isinstance(planned([claimed], replace(wish, claim=Claim(str(V6_ONLY), 3, NOWHERE))), Take)
+
+
+def test_a_key_of_ipv6_alone_takes_no_ipv4_subnet() -> None:
+    step = planned([entry("0.0.0.0-0", OTHER), entry_v6(V6_ONLY, OTHER_V6)], Wish(RANGE, ME, previous=A))
+    assert step == Take(A, previous=True)
+
+
+def test_a_node_that_gets_a_second_family_keeps_the_subnet_that_it_has() -> None:
+    wish = Wish(RANGE, ME, subnets_v6=RANGE_V6, previous=C)
+    step = planned([], wish)
+    assert isinstance(step, Take)
+    assert step.key.subnet == C.subnet
+    assert wish.fits(step.key)
+    assert not step.previous
+    alone = planned([], Wish(None, NOWHERE, ME_V6, RANGE_V6, previous=step.key))
+    assert alone == Take(step.key.within(ipv4=False, ipv6=True), previous=False)
+
+
+def test_each_family_has_its_own_end_of_subnets() -> None:
+    few = SubnetRange(IPv6Network("fd00::/62"), 64, IPv6Address("fd00:0:0:1::"), IPv6Address("fd00:0:0:1::"))
+    with pytest.raises(LeaseError, match=r"^out of subnets: every /64 from fd00:0:0:1:: .* 1 leases"):
+        planned([entry(A, OTHER), entry_v6(V6_ONLY, OTHER_V6)], Wish(RANGE, ME, subnets_v6=few))
 
 
 def test_a_key_outside_the_leases_is_never_ours_to_delete() -> None:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from random import Random
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dataplane import netconf
-from dataplane.errors import ConfigError, KernelError, LeaseError, StoreUnavailable
+from dataplane.errors import KernelError, LeaseError, StoreUnavailable
 from dataplane.lease.allocate import Claim
 from dataplane.lease.keeper import WIPED_STORE_GRACE, LeaseKeeper, fetch_config
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
@@ -25,6 +25,10 @@ from dataplane.lease.store import Entry
 from tests.lease.fake_store import ManualClock, SimulatedClient, SimulatedStore, Write, settle
 
 CONFIG = netconf.parse(b'{"Network":"10.5.0.0/16","SubnetMax":"10.5.6.0"}', origin="this test")
+V6_CONFIG = netconf.parse(b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}', origin="this test")
+DUAL_CONFIG = netconf.parse(
+    b'{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}', origin="this test"
+)
 MARGIN = 3600.0
 DAY = float(LEASE_TTL)
 
@@ -36,7 +40,15 @@ def value(ip: str | IPv4Address, data: bytes = b"") -> bytes:
 class Node:
     """One daemon's keeper, what it was told, and the sum of that."""
 
-    def __init__(self, store: SimulatedStore, number: int, **arguments: object) -> None:
+    def __init__(
+        self,
+        store: SimulatedStore,
+        number: int,
+        *,
+        attrs: LeaseAttrs | None = None,
+        config: netconf.NetworkConfig = CONFIG,
+        **arguments: object,
+    ) -> None:
         self.store, self.clock = store, store.clock
         self.ip = IPv4Address(f"192.0.2.{number}")
         self.client = SimulatedClient(store, str(self.ip))
@@ -44,10 +56,10 @@ class Node:
         self.peers: dict[str, LeaseAttrs] = {}
         self.owned: list[Lease] = []
         self.task: asyncio.Task[None] | None = None
-        attrs = LeaseAttrs(self.ip)
         self.keeper = LeaseKeeper(
-            self.client, CONFIG, attrs, on_events=self.on_events, on_own=self.owned.append, rng=Random(number),
-            clock=self.clock, sleep=self.clock.sleep, **({"renew_margin": MARGIN} | arguments),  # type: ignore[arg-type]  # named by each test
+            self.client, config, attrs or LeaseAttrs(self.ip), on_events=self.on_events,
+            on_own=self.owned.append, rng=Random(number), clock=self.clock, sleep=self.clock.sleep,
+            **({"renew_margin": MARGIN} | arguments),  # type: ignore[arg-type]  # named by each test
         )  # fmt: skip
 
     async def on_events(self, events: Sequence[LeaseEvent]) -> None:
@@ -456,13 +468,80 @@ async def test_run_before_acquire_is_refused(store: SimulatedStore) -> None:
         await Node(store, 1).keeper.run()
 
 
-async def test_a_config_without_ipv4_is_refused(store: SimulatedStore) -> None:
-    config = netconf.parse(b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}', origin="this test")
-    with pytest.raises(ConfigError):
-        LeaseKeeper(
-            SimulatedClient(store, "me"), config, LeaseAttrs(IPv4Address("192.0.2.1")), renew_margin=1.0,
-            on_events=Node(store, 1).on_events, on_own=lambda _: None, rng=Random(1),
-        )  # fmt: skip
+# ---- IPv6
+
+
+def v6_only(number: int) -> LeaseAttrs:
+    return LeaseAttrs(IPv4Address(0), IPv6Address(f"fd00:198:18::{number:x}"))
+
+
+def both(number: int) -> LeaseAttrs:
+    return LeaseAttrs(IPv4Address(f"192.0.2.{number}"), IPv6Address(f"fd00:198:18::{number:x}"))
+
+
+async def test_nodes_without_ipv4_each_have_a_lease_of_their_own(
+    store: SimulatedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [Node(store, number, attrs=v6_only(number), config=V6_CONFIG) for number in (1, 2, 3)]
+    async with living(store, *nodes):
+        assert len({node.key for node in nodes}) == len(store.entries) == 3
+        for node in nodes:
+            assert node.key.startswith("0.0.0.0-0&fd00:0:0:")
+            assert set(node.peers) == store.entries.keys() - {node.key}
+    again = Node(store, 1, attrs=v6_only(1), config=V6_CONFIG)
+    async with living(store, again, nodes[1]):
+        assert again.key == nodes[0].key
+        assert store.entries[again.key].value == b'{"PublicIP":"0.0.0.0","PublicIPv6":"fd00:198:18::1"}'
+        subnet = again.key.partition("&")[2].replace("-", "/")
+        assert f"Found lease (ip: 0.0.0.0/0 ipv6: {subnet}) for current IP (fd00:198:18::1), reusing" in caplog.text
+        assert f"Subnet added: {subnet} via fd00:198:18::1" in caplog.text
+        store.put(again.key, LeaseAttrs(IPv4Address(0), IPv6Address("fd00:198:18::99")).encode(), DAY)
+        await settle()
+        assert again.keeper.fenced
+        assert "now names fd00:198:18::99, not this node (fd00:198:18::1)" in caplog.text
+
+
+async def test_a_lease_of_two_families_is_drawn_kept_and_found_again(
+    store: SimulatedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, peer = (Node(store, number, attrs=both(number), config=DUAL_CONFIG) for number in (1, 2))
+    async with living(store, node, peer):
+        v4, v6 = node.key.split("&")
+        assert store.entries[node.key].value == b'{"PublicIP":"192.0.2.1","PublicIPv6":"fd00:198:18::1"}'
+        assert set(peer.peers) == {node.key}
+        store.remove(node.key)
+        await store.clock.advance(1, store)
+        assert node.key in store.entries
+        assert f"Subnet added: {v4.replace('-', '/')}, {v6.replace('-', '/')} via 192.0.2.1" in caplog.text
+    assert "Picking subnet in range 10.5.1.0 ... 10.5.255.0" in caplog.text
+    assert "Picking subnet in range fd00:0:0:1:: ... fd00:0:0:ffff::" in caplog.text
+    again = Node(store, 1, attrs=both(1), config=DUAL_CONFIG)
+    async with living(store, again):
+        assert again.key == node.key
+
+
+async def test_nodes_of_either_family_share_a_store(store: SimulatedStore) -> None:
+    """As while a network is moved from one family to the other, node by node."""
+    v4 = Node(store, 1)
+    dual = Node(store, 2, attrs=both(2), config=DUAL_CONFIG)
+    v6 = Node(store, 3, attrs=v6_only(3), config=V6_CONFIG)
+    async with living(store, v4, dual, v6):
+        assert set(dual.peers) == {v4.key, v6.key}
+        assert {str(event.lease.key) for event in v4.events} == {dual.key.partition("&")[0]}
+        assert {str(event.lease.key) for event in v6.events} == {f"0.0.0.0-0&{dual.key.partition('&')[2]}"}
+        assert set(v4.keeper.rejected) == {v6.key}
+        assert set(v6.keeper.rejected) == {v4.key}
+
+
+async def test_a_node_that_gets_a_second_family_keeps_its_subnet(store: SimulatedStore) -> None:
+    before = Node(store, 1)
+    async with living(store, before):
+        key = LeaseKey.parse(before.key)
+    after = Node(store, 1, attrs=both(1), config=DUAL_CONFIG, previous=key)
+    async with living(store, after):
+        await store.clock.advance(1)
+        assert list(store.entries) == [after.key]
+        assert after.key.startswith(f"{key}&")
 
 
 # ---- our own lease

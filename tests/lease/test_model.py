@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.errors import LeaseInvalid
-from dataplane.lease.model import MAX_VALUE_BYTES, LeaseAttrs, LeaseKey
+from dataplane.lease.model import MAX_VALUE_BYTES, NO_IPV4, LeaseAttrs, LeaseKey
 
 IP = IPv4Address("192.0.2.11")
 
@@ -24,6 +24,7 @@ IP = IPv4Address("192.0.2.11")
         ("10.12.13.0-24&fd00:12:13::-56", "10.12.13.0/24", "fd00:12:13::/56"),
         ("10.5.52.7-24", "10.5.52.0/24", None),
         ("0.0.0.0-0", "0.0.0.0/0", None),
+        ("0.0.0.0-0&fd00:12:13::-56", "0.0.0.0/0", "fd00:12:13::/56"),
     ],
 )
 def test_a_key_names_its_subnets(text: str, subnet: str, subnet_v6: str | None) -> None:
@@ -82,10 +83,54 @@ def test_keys_overlap_where_they_share_an_address(one: LeaseKey, other: LeaseKey
     def share(a: IPv4Network | IPv6Network, b: IPv4Network | IPv6Network) -> bool:
         return int(a[0]) <= int(b[-1]) and int(b[0]) <= int(a[-1])
 
-    wanted = share(one.subnet, other.subnet)
+    wanted = one.subnet != NO_IPV4 != other.subnet and share(one.subnet, other.subnet)
     if one.subnet_v6 is not None and other.subnet_v6 is not None:
         wanted = wanted or share(one.subnet_v6, other.subnet_v6)
     assert one.overlaps(other) == other.overlaps(one) == wanted
+
+
+def test_a_key_of_ipv6_alone_has_no_ipv4_subnet() -> None:
+    key = LeaseKey.parse("0.0.0.0-0&fd00::-64")
+    assert key.subnets == (IPv6Network("fd00::/64"),)
+    assert str(key) == "0.0.0.0-0&fd00::-64"
+    assert not key.overlaps(LeaseKey.parse("10.5.1.0-24"))
+    assert not key.overlaps(LeaseKey.parse("0.0.0.0-0"))
+    assert LeaseKey.parse("0.0.0.0-0").subnets == ()
+
+
+def test_a_key_is_cut_to_families() -> None:
+    key = LeaseKey.parse("10.5.1.0-24&fd00::-64")
+    assert str(key.within(ipv4=True, ipv6=False)) == "10.5.1.0-24"
+    assert str(key.within(ipv4=False, ipv6=True)) == "0.0.0.0-0&fd00::-64"
+    assert key.within(ipv4=True, ipv6=True) == key
+
+
+NOWHERE, IPV6, OTHER_IPV6 = IPv4Address(0), IPv6Address("fd00:198:18::1"), IPv6Address("fd00:198:18::2")
+
+
+@pytest.mark.parametrize(
+    ("attrs", "at", "same"),
+    [
+        (LeaseAttrs(IP), (IP, None), True),
+        (LeaseAttrs(IP), (IPv4Address("192.0.2.12"), None), False),
+        (LeaseAttrs(IP, IPV6), (IP, OTHER_IPV6), True),
+        (LeaseAttrs(IP, IPV6), (IPv4Address("192.0.2.12"), IPV6), False),
+        (LeaseAttrs(NOWHERE, IPV6), (NOWHERE, IPV6), True),
+        (LeaseAttrs(NOWHERE, IPV6), (NOWHERE, OTHER_IPV6), False),
+        (LeaseAttrs(NOWHERE, IPV6), (IP, IPV6), True),
+        (LeaseAttrs(IP, IPV6), (NOWHERE, IPV6), True),
+        (LeaseAttrs(NOWHERE), (NOWHERE, None), False),
+    ],
+)
+def test_a_node_is_known_by_its_ipv4_address_and_without_one_by_its_ipv6(
+    attrs: LeaseAttrs, at: tuple[IPv4Address, IPv6Address | None], same: bool
+) -> None:
+    assert attrs.is_at(*at) == same
+
+
+def test_a_node_is_named_by_the_address_that_tells_it_from_others() -> None:
+    named = [LeaseAttrs(IP, IPV6).node, LeaseAttrs(NOWHERE, IPV6).node, LeaseAttrs(NOWHERE).node]
+    assert named == [IP, IPV6, NOWHERE]
 
 
 VXLAN = b'{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}'
@@ -104,6 +149,8 @@ VXLAN = b'{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}'
             b'{"PublicIP":"192.0.2.11","PublicIPv6":"fd00::11","BackendType":"vxlan","BackendData":' + VXLAN
             + b',"BackendV6Data":{"VNI":1}}',
         ),
+        (LeaseAttrs(IPv4Address(0), IPv6Address("fd00::11"), "vxlan", backend_v6_data=VXLAN),
+         b'{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::11","BackendType":"vxlan","BackendV6Data":' + VXLAN + b"}"),
         (LeaseAttrs(IP, backend_type="host-gw"),
          b'{"PublicIP":"192.0.2.11","PublicIPv6":null,"BackendType":"host-gw"}'),
     ],

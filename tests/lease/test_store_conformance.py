@@ -205,6 +205,17 @@ async def test_a_reservation_stays_and_says_so(store: Compactable) -> None:
     assert await changes_until(store, expired.revision, 2) == [leased, back]
 
 
+@pytest.mark.parametrize("key", [KEY, "10.5.52.0-24&fd00:5:52::-64", "0.0.0.0-0&fd00:5:52::-64", "notes"])
+async def test_any_key_comes_back_as_it_is(store: Compactable, key: str) -> None:
+    made = await make(store, key)
+    assert (await store.snapshot()).entries == (made,)
+    renewed = await store.replace(key, b"2", 600, expected=made.mod_revision)
+    assert renewed is not None
+    assert await store.delete(key, expected=renewed.mod_revision)
+    gone = Deleted(key, renewed.mod_revision + 1)
+    assert await changes_until(store, made.mod_revision - 1, 3) == [made, renewed, gone]
+
+
 @pytest.mark.parametrize("value", [b"", b"\0", bytes(range(256)), b"\xff\xfe{", b'{"PublicIP":', b"x" * 100_000])
 async def test_any_bytes_are_a_value(store: Compactable, value: bytes) -> None:
     made = await make(store, value=value)

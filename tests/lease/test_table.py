@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from hypothesis import given, settings
@@ -183,6 +183,90 @@ def test_the_ipv6_parts_overlap_too() -> None:
     table.reset(snapshot(3, entry(one, value(1), 1), entry(same, value(2), 2), entry(outside, value(3), 3)))
     assert set(table.peers) == {one}
     assert set(table.rejected) == {same, outside}
+
+
+NETWORK_V6 = IPv6Network("fd00::/48")
+V6_ONLY, DUAL = "0.0.0.0-0&fd00:0:0:7::-64", "10.5.7.0-24&fd00:0:0:8::-64"
+
+
+def value_v6(number: int, public_ip: str = "0.0.0.0") -> bytes:
+    return LeaseAttrs(IPv4Address(public_ip), IPv6Address(f"fd00:198:18::{number:x}")).encode()
+
+
+def test_a_network_of_ipv4_ignores_leases_of_ipv6_alone_and_sees_the_ipv4_half_of_the_others() -> None:
+    table = LeaseTable(NETWORK)
+    update = table.reset(snapshot(2, entry(V6_ONLY, value_v6(7), 1), entry(DUAL, value_v6(8, "192.0.2.8"), 2)))
+    assert reasons(update) == {V6_ONLY: "it leases fd00:0:0:7::/64 alone, and this network has no IPv6"}
+    (peer,) = table.peers.values()
+    assert str(peer.key) == "10.5.7.0-24"
+    assert peer.attrs.public_ipv6 == IPv6Address("fd00:198:18::8")
+
+
+def test_a_network_of_ipv6_alone_never_sees_an_ipv4_subnet() -> None:
+    table = LeaseTable(None, NETWORK_V6)
+    entries = (entry(A, value(1), 1), entry(V6_ONLY, value_v6(7), 2), entry(DUAL, value_v6(8, "192.0.2.8"), 3))
+    update = table.reset(snapshot(3, *entries, entry("0.0.0.0-0", value(2), 3)))
+    assert {str(key) for peer in table.peers.values() for key in peer.key.subnets} == {
+        "fd00:0:0:7::/64", "fd00:0:0:8::/64",
+    }  # fmt: skip
+    assert reasons(update)[A] == "it leases 10.5.1.0/24 alone, and this network has no IPv4"
+    assert "default route" in reasons(update)["0.0.0.0-0"]
+
+
+def test_a_network_of_both_families_has_peers_of_either() -> None:
+    table = LeaseTable(NETWORK, NETWORK_V6)
+    entries = (entry(A, value(1), 1), entry(V6_ONLY, value_v6(7), 2), entry(DUAL, value_v6(8, "192.0.2.8"), 3))
+    assert set(table.reset(snapshot(3, *entries)).events) == {
+        LeaseEvent(LeaseEventKind.ADDED, peer) for peer in table.peers.values()
+    }
+    assert {text: str(peer.key) for text, peer in table.peers.items()} == {A: A, V6_ONLY: V6_ONLY, DUAL: DUAL}
+    changed = table.apply(batch(entry(V6_ONLY, value_v6(9), 2, 4)))
+    assert [str(event.lease.attrs.node) for event in changed.events] == ["fd00:198:18::9"]
+
+
+def test_overlap_counts_only_in_a_family_that_the_network_has() -> None:
+    other = "10.5.8.0-24&fd00:0:0:8::-64"
+    entries = snapshot(2, entry(DUAL, value(1), 1), entry(other, value(2), 2))
+    for table, peers in ((LeaseTable(NETWORK), {DUAL, other}), (LeaseTable(NETWORK, NETWORK_V6), {DUAL})):
+        table.reset(entries)
+        assert table.peers.keys() == peers
+
+
+def test_what_overlaps_our_own_lease_in_either_family_is_rejected() -> None:
+    table = LeaseTable(NETWORK, NETWORK_V6)
+    table.set_own("10.5.9.0-24&fd00:0:0:9::-64")
+    same_v6, same_v4 = "10.5.8.0-24&fd00:0:0:9::-80", "10.5.9.0-25&fd00:0:0:8::-64"
+    table.reset(snapshot(3, *(entry(key, value_v6(1, "192.0.2.1"), 1) for key in (same_v6, same_v4, V6_ONLY))))
+    assert table.peers.keys() == {V6_ONLY}
+    assert set(table.rejected) == {same_v6, same_v4}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (value_v6(9), "public IP fd00:198:18::9 is that of this node"),
+        (value_v6(9, "192.0.2.1"), "public IP fd00:198:18::9 is that of this node"),
+        (b'{"PublicIP":"0.0.0.0","PublicIPv6":null}', "public IP 0.0.0.0 is not the address of a node"),
+        (b'{"PublicIP":"127.0.0.1","PublicIPv6":"fd00:198:18::1"}', "public IP 127.0.0.1 is not the address of a node"),
+        *(
+            (b'{"PublicIP":"0.0.0.0","PublicIPv6":"%s"}' % ip, f"public IP {ip.decode()} is not the address of a node")
+            for ip in (b"::", b"::1", b"ff02::1", b"fe80::1")
+        ),
+        (b'{"PublicIP":"0.0.0.0","PublicIPv6":"::ffff:192.0.2.1"}', "is not the address of a node"),
+        (b'{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::1"}', "public IP fd00::1 lies inside the overlay's own network"),
+    ],
+)
+def test_a_hostile_lease_of_ipv6_is_rejected(content: bytes, reason: str) -> None:
+    table = LeaseTable(NETWORK, NETWORK_V6, own_ip=IPv4Address(0), own_ipv6=IPv6Address("fd00:198:18::9"))
+    table.reset(snapshot(1, entry(V6_ONLY, content, 1)))
+    assert reason in table.rejected[V6_ONLY]
+    assert table.peers == {}
+
+
+def test_an_ipv4_subnet_needs_an_ipv4_address() -> None:
+    table = LeaseTable(NETWORK, NETWORK_V6)
+    table.reset(snapshot(1, entry(DUAL, value_v6(1), 1)))
+    assert table.rejected == {DUAL: "public IP 0.0.0.0 is not the address of a node"}
 
 
 def test_what_was_seen_already_is_ignored(table: LeaseTable) -> None:
