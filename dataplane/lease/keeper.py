@@ -23,7 +23,7 @@ from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, SubnetRange, 
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
 from dataplane.lease.retry import Backoff, LogBudget, LogGate
-from dataplane.lease.store import Entry, LeaseStore
+from dataplane.lease.store import LeaseStore
 from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
 
@@ -49,6 +49,7 @@ class KeeperCounters:
     resyncs: int = 0
     interruptions: int = 0
     renewals: int = 0
+    changes: int = 0
     put_backs: int = 0
     lost_races: int = 0
 
@@ -209,6 +210,17 @@ class LeaseKeeper:
         self._on_own(self._own.lease)
         return self._own.lease
 
+    async def change_attrs(self, attrs: LeaseAttrs) -> None:
+        """Say `attrs` in our lease from now on, by compare-and-put, with its subnet and kind of TTL as they are.
+        `run` writes it, at once or as soon as the store takes it; this call does not wait for that."""
+        self._attrs = attrs
+        self._wish = replace(self._wish, public_ip=attrs.public_ip, public_ipv6=attrs.public_ipv6)
+        if self._table.move(attrs.public_ip, attrs.public_ipv6):
+            self._audit_at = self._clock()  # who has our new address, or our old one, is another question now
+        if self._own is not None:
+            self._own.change(attrs)
+        self._wake.set()
+
     async def run(self) -> None:
         """Keep the lease and deliver the peers' until cancelled. Only an error of `on_events` ends it otherwise."""
         if self._own is None:
@@ -309,16 +321,16 @@ class LeaseKeeper:
                     log.info("Waiting for %s to renew lease", texts.duration(renewal - now))
                 await self._pause(None if due is None else due - now)
                 continue
-            putting_back = own.standing is Standing.FREE
+            urgent = own.due() == float("-inf")
             try:
                 async with self._turn:
                     await self._act(own)
             except StoreError as error:
-                if not putting_back:
+                if not urgent:
                     self._say_postponed(error, renewal=own.due() == due)
                     await self._pause(_RENEWAL_RETRY)
                     continue
-                self._trouble("Couldn't put our lease back", error)
+                self._trouble(f"Couldn't {'change our lease' if own.changing else 'put our lease back'}", error)
             if self._due(own) == due:
                 await self._pause(backoff.next())
 
@@ -336,11 +348,14 @@ class LeaseKeeper:
             await self._resync(own)
 
     async def _put(self, own: Ownership) -> None:
-        started, back = self._clock(), own.standing is Standing.FREE
+        started, back, changed, value = self._clock(), own.standing is Standing.FREE, own.changing, own.value
         try:
-            written = await self._write(own)
+            if own.expected is None:
+                written = await self._store.create(own.text, value, own.ttl)
+            else:
+                written = await self._store.replace(own.text, value, own.ttl, expected=own.expected)
         except StoreError:
-            own.in_doubt(started)
+            own.in_doubt(value, started)
             raise
         self._fine()
         if written is None:
@@ -351,15 +366,13 @@ class LeaseKeeper:
         if back:
             self.counters.put_backs += 1
             log.warning("Lease %s was put back", own.text)
+        elif changed:
+            self.counters.changes += 1
+            log.info("Lease %s now says that this node is at %s", own.text, own.lease.attrs.node)
         else:
             self.counters.renewals += 1
             log.info("Lease renewed, new expiration: %s", _wall_time(own.expires_at, started))
         self._on_own(own.lease)
-
-    async def _write(self, own: Ownership) -> Entry | None:
-        if own.expected is None:
-            return await self._store.create(own.text, own.value, own.ttl)
-        return await self._store.replace(own.text, own.value, own.ttl, expected=own.expected)
 
     async def _pause(self, seconds: float | None) -> None:
         """Until the time is over, or something about our lease is news."""

@@ -42,7 +42,8 @@ class Finding(Enum):
 
 
 class Ownership:
-    """Facts in (`observe`, `wrote`, `in_doubt`), standing and the time of the next write out.
+    """Facts in (`observe`, `wrote`, `in_doubt`), the wish of this node (`change`); standing and the time of the next
+    write out.
 
     The watch's echo of our own write, however late, changes nothing. TWIN lasts until the foreign entry is gone
     (deleted, or expired because its writer stopped) or this daemon is started again, which takes the entry over by its
@@ -53,6 +54,7 @@ class Ownership:
         self.key = key
         self.text = entry.key
         self.attrs = attrs
+        """What our lease shall say; `lease` has what it says."""
         self.value = attrs.encode()
         self.standing = Standing.HELD
         self.holder = ""
@@ -63,7 +65,8 @@ class Ownership:
         """The newest that is known about our key."""
         self._margin = min(renew_margin, LEASE_TTL - _LEAST_TTL_BEFORE_RENEWAL)
         self._entry = entry
-        self._doubt: float | None = None
+        self._said = attrs
+        self._doubts: dict[bytes, float] = {}
         self._rewrite = False
         self.wrote(entry, written)
 
@@ -71,7 +74,7 @@ class Ownership:
     def lease(self) -> Lease:
         """Our lease as we last held it."""
         entry = self._entry
-        return Lease(self.key, self.attrs, entry.create_revision, entry.mod_revision, entry.reserved)
+        return Lease(self.key, self._said, entry.create_revision, entry.mod_revision, entry.reserved)
 
     @property
     def expected(self) -> int | None:
@@ -83,21 +86,31 @@ class Ownership:
         """TTL of the next write: a reservation stays one."""
         return None if self.standing is Standing.HELD and self._entry.reserved else LEASE_TTL
 
+    @property
+    def changing(self) -> bool:
+        """We hold our key, and its value is not yet what it shall be."""
+        return self.standing is Standing.HELD and self._rewrite
+
     def due(self) -> float | None:
-        """When the next write is to be made; None while there is none to make."""
-        if self.standing is Standing.FREE or (self.standing is Standing.HELD and self._rewrite):
+        """When the next write is to be made, -inf for at once; None while there is none to make."""
+        if self.standing is Standing.FREE or self.changing:
             return float("-inf")
         if self.standing is Standing.HELD and self.expires_at is not None:
             return self.expires_at - self._margin
         return None
 
+    def change(self, attrs: LeaseAttrs) -> None:
+        """Our lease shall say `attrs` from now on. Until that is written, what names our former address is ours too."""
+        self.attrs, self.value = attrs, attrs.encode()
+        self._rewrite = self._said != attrs
+
     def wrote(self, entry: Entry, started: float) -> None:
         """Our write that was begun at `started` succeeded."""
         self._hold(entry, None if entry.reserved else started + LEASE_TTL)
 
-    def in_doubt(self, started: float) -> None:
-        """Our write that was begun at `started` failed, and the store may have made it all the same."""
-        self._doubt = started
+    def in_doubt(self, value: bytes, started: float) -> None:
+        """Our write of `value` that was begun at `started` failed, and the store may have made it all the same."""
+        self._doubts[value] = started
 
     def observe(self, fact: Entry | Deleted, now: float, *, certain: bool) -> Finding | None:
         """Follow what the store says about our key.
@@ -118,7 +131,8 @@ class Ownership:
             attrs = LeaseAttrs.decode(fact.value)
         except LeaseInvalid as error:
             return self._taken(str(error))
-        if not attrs.is_at(self.attrs.public_ip, self.attrs.public_ipv6):
+        ours = (self.attrs, self._said, *(LeaseAttrs.decode(value) for value in self._doubts))
+        if not any(attrs.is_at(known.public_ip, known.public_ipv6) for known in ours):
             return self._taken(str(attrs.node))
         # an entry that is certain and older than what was known: the store lives in another history, from a backup
         return self._named(fact, now, restored=revision <= known)
@@ -136,14 +150,16 @@ class Ownership:
 
     def _named(self, entry: Entry, now: float, *, restored: bool) -> Finding | None:
         """The entry names our public IP, and is not our last write."""
-        if self._doubt is not None and entry.value == self.value:
-            self._hold(entry, None if entry.reserved else self._doubt + LEASE_TTL)
+        doubt = self._doubts.get(entry.value)
+        if doubt is not None:
+            self._hold(entry, None if entry.reserved else doubt + LEASE_TTL)
             return None
         if entry.reserved:
-            # once, at the step from lease to reservation: two daemons at one address must not rewrite each other's
-            rewrite = not self._entry.reserved and LeaseAttrs.decode(entry.value) != self.attrs
+            # rewritten at the step from lease to reservation only: else two daemons at one address would rewrite each
+            # other's for ever
+            wanted = self._rewrite or not self._entry.reserved
             self._hold(entry, None)
-            self._rewrite = rewrite
+            self._rewrite = self._rewrite and wanted
             return Finding.ADOPTED
         if restored and self.standing is not Standing.TWIN:
             self._hold(entry, now)
@@ -156,5 +172,6 @@ class Ownership:
         self.revision = entry.mod_revision
         self.expires_at = expires_at
         self._entry = entry
-        self._doubt = None
-        self._rewrite = False
+        self._said = LeaseAttrs.decode(entry.value)
+        self._doubts.clear()
+        self._rewrite = self._said != self.attrs

@@ -46,12 +46,13 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One key of the store. `digest` is the value's hash. `good` is the last value of this incarnation that can be
-    obeyed; `fault` says why the present one cannot. `missing`: kept although the store has lost it."""
+    """One key of the store. `digest` is the value's hash, None to read it anew. `good` is the last value of this
+    incarnation that can be obeyed; `fault` says why the present one cannot. `missing`: kept although the store has
+    lost it."""
 
     create_revision: int
     mod_revision: int
-    digest: int
+    digest: int | None
     key: LeaseKey | None
     good: Lease | None
     fault: str | None
@@ -80,7 +81,7 @@ class LeaseTable:
         self._network = network
         self._network_v6 = network_v6
         self._networks = [block for block in (network, network_v6) if block is not None]
-        self._own_ips = {own_ip, own_ipv6} - {_NOWHERE, None}
+        self._own_ips: set[IPv4Address | IPv6Address | None] = {own_ip, own_ipv6} - {_NOWHERE, None}
         self._own_text: str | None = None
         self._own_key: LeaseKey | None = None
         self._records: dict[str, _Record] = {}
@@ -113,6 +114,16 @@ class LeaseTable:
         self._own_text = text
         self._own_key = None if text is None else LeaseKey.parse(text)
         return self._settle_all()
+
+    def move(self, own_ip: IPv4Address, own_ipv6: IPv6Address | None) -> bool:
+        """Say that this node is at other addresses now. True where that is news: the next snapshot is then read as if
+        no value in it were known."""
+        ips = {own_ip, own_ipv6} - {_NOWHERE, None}
+        if ips == self._own_ips:
+            return False
+        self._own_ips = ips
+        self._records = {text: replace(record, digest=None) for text, record in self._records.items()}
+        return True
 
     def reset(self, snapshot: Snapshot, *, restarted: bool = False, keep_missing: bool = False) -> Update:
         """Follow a snapshot. One older than the table is ignored, unless the store's history has `restarted`.
@@ -183,7 +194,7 @@ class LeaseTable:
             good = Lease(obeyed, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
         except LeaseInvalid as error:
             fault = str(error)
-            if before is not None and same:
+            if before is not None and before.good is not None and same and not self._is_here(before.good.attrs):
                 good = before.good
         return _Record(entry.create_revision, entry.mod_revision, digest, key, good, fault)
 
@@ -214,6 +225,9 @@ class LeaseTable:
             raise LeaseInvalid(f"public IP {ip} lies inside the overlay's own network")
         if ip in self._own_ips:
             raise LeaseInvalid(f"public IP {ip} is that of this node")
+
+    def _is_here(self, attrs: LeaseAttrs) -> bool:
+        return not self._own_ips.isdisjoint((attrs.public_ip, attrs.public_ipv6))
 
     def _contender(self, text: str) -> Lease | None:
         """The lease by which `text` takes part in the question who holds an address."""

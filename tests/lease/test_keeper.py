@@ -767,6 +767,126 @@ async def test_a_store_restored_from_a_backup_gives_our_lease_back_and_it_is_ren
         assert node.owned[-1].mod_revision == store.entries[node.key].mod_revision < 100
 
 
+# ---- our lease says something else
+
+
+def moved(number: int, mac: int = 1) -> LeaseAttrs:
+    data = b'{"VtepMAC":"02:00:00:00:00:%02x"}' % mac
+    return LeaseAttrs(IPv4Address(f"192.0.2.{number}"), backend_type="vxlan", backend_data=data)
+
+
+async def test_a_change_is_written_in_place_at_once(store: SimulatedStore, caplog: pytest.LogCaptureFixture) -> None:
+    node, peer = Node(store, 1), Node(store, 2)
+    async with living(store, node, peer):
+        peer.said()
+        before = store.entries[node.key]
+        await store.clock.advance(3600, store)
+        await node.keeper.change_attrs(moved(101))
+        await settle()
+        after = store.entries[node.key]
+        assert (after.create_revision, after.value) == (before.create_revision, moved(101).encode())
+        assert store.expiries[node.key] == store.clock.now + DAY
+        assert peer.said() == [("changed", node.key)]
+        assert peer.peers[node.key] == moved(101)
+        assert node.owned[-1].attrs == moved(101)
+        assert (node.keeper.healthy, node.keeper.counters.changes, node.keeper.counters.renewals) == (True, 1, 0)
+        await node.keeper.change_attrs(moved(101))
+        await store.clock.advance(DAY - MARGIN + 1, store)
+        assert (node.keeper.counters.changes, node.keeper.counters.renewals) == (1, 1)
+        assert store.entries[node.key].value == moved(101).encode()
+        assert peer.said() == []
+    assert f"Lease {node.key} now says that this node is at 192.0.2.101" in caplog.text
+
+
+async def test_changes_while_the_store_is_away_are_written_when_it_is_back(store: SimulatedStore) -> None:
+    node = Node(store, 1)
+    async with living(store, node):
+        node.client.offline = True
+        node.client.cut()
+        for number in (101, 102, 103):
+            await node.keeper.change_attrs(moved(number))
+            await store.clock.advance(20, store)
+        assert node.owned[-1].attrs == LeaseAttrs(node.ip), "what the store still says"
+        calls = node.client.calls
+        await store.clock.advance(3600, store)
+        assert node.client.calls - calls < 2200
+        node.client.offline = False
+        await store.clock.advance(6, store)
+        assert store.entries[node.key].value == moved(103).encode()
+        assert node.keeper.healthy
+        assert len(writes(store, "192.0.2.1")) == 2
+
+
+@pytest.mark.parametrize("again", [101, 102, 1])
+async def test_a_change_whose_answer_was_lost_is_no_second_daemon_and_no_thief(
+    store: SimulatedStore, again: int
+) -> None:
+    """The store has made the first change, which nobody could tell, and our address changes once more."""
+    node = Node(store, 1)
+    async with living(store, node):
+        node.client.lose_answers = 1
+        store.history_hidden = True
+        await node.keeper.change_attrs(moved(101))
+        await settle()
+        assert store.entries[node.key].value == moved(101).encode()
+        node.client.offline = True
+        await node.keeper.change_attrs(moved(again))
+        await store.clock.advance(10, store)
+        node.client.offline = False
+        store.history_hidden = False
+        store.notify()
+        await store.clock.advance(10, store)
+        assert store.entries[node.key].value == moved(again).encode()
+        assert (node.keeper.healthy, node.keeper.fenced) == (True, False)
+        await store.clock.advance(3 * DAY, store)
+        assert node.keeper.healthy
+
+
+async def test_a_change_of_a_reservation_leaves_it_one(store: SimulatedStore) -> None:
+    store.put("10.5.3.0-24", value("192.0.2.1"))
+    node = Node(store, 1)
+    async with living(store, node):
+        node.client.offline = True
+        await node.keeper.change_attrs(moved(101))
+        await settle()
+        store.put(node.key, value(node.ip))  # by hand, and still of our former address
+        node.client.offline = False
+        await store.clock.advance(10, store)
+        assert store.entries[node.key].value == moved(101).encode()
+        assert store.entries[node.key].reserved
+        assert node.keeper.healthy
+
+
+async def test_a_fenced_node_changes_nothing_and_comes_back_with_what_it_is_then(store: SimulatedStore) -> None:
+    node = Node(store, 1)
+    async with living(store, node):
+        theirs = store.put(node.key, value("192.0.2.66"), 3 * DAY)
+        await settle()
+        await node.keeper.change_attrs(moved(101))
+        await store.clock.advance(DAY, store)
+        assert store.entries[node.key] == theirs
+        assert node.keeper.fenced
+        store.remove(node.key)
+        await store.clock.advance(1, store)
+        assert store.entries[node.key].value == moved(101).encode()
+        assert node.keeper.healthy
+
+
+async def test_who_has_our_address_is_asked_anew_when_it_changes(store: SimulatedStore) -> None:
+    node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
+    store.put("10.5.2.0-24", value("192.0.2.1"), DAY)
+    store.put("10.5.3.0-24", value("192.0.2.101"), DAY)
+    store.remove("10.5.2.0-24")
+    async with living(store, node):
+        store.put("10.5.2.0-24", value("192.0.2.1"), DAY)
+        await settle()
+        assert set(node.peers) == {"10.5.3.0-24"}
+        await node.keeper.change_attrs(moved(101))
+        await store.clock.advance(1, store)
+        assert set(node.peers) == {"10.5.2.0-24"}
+        assert node.keeper.rejected == {"10.5.3.0-24": "public IP 192.0.2.101 is that of this node"}
+
+
 async def test_cancelling_leaves_no_task_and_no_lock(store: SimulatedStore) -> None:
     for moment in range(0, 60, 3):
         node = Node(store, 1)
