@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dataplane.errors import ConfigError, HistoryGone, StoreDenied, StoreError, StoreUnavailable
-from dataplane.lease import etcd as etcd_module
+from dataplane.lease import etcd_endpoint
 from dataplane.lease.etcd import EtcdStore
 from dataplane.lease.store import Deleted, Entry
 from tests.etcd_server import EtcdServer, TlsFiles
@@ -211,7 +211,7 @@ async def test_a_wiped_store_has_lost_the_history(server: EtcdServer, opened: Op
 async def test_a_server_that_hangs_is_given_up(
     server: EtcdServer, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_module, "RPC_SECONDS", 1.0)
+    monkeypatch.setattr(etcd_endpoint, "RPC_SECONDS", 1.0)
     store, fresh = opened(server.url), opened(server.url)
     await store.snapshot()
     server.pause()
@@ -342,7 +342,7 @@ async def test_tls_with_only_a_ca(tls: TlsFiles, opened: Opener, monkeypatch: py
         await make(opened(server.url, cafile=str(tls.ca)))
         with pytest.raises(StoreUnavailable, match=r"not to be trusted.*--etcd-cafile"):
             await opened(server.url).snapshot()
-        monkeypatch.setattr(etcd_module, "_SYSTEM_ROOTS", (str(tls.ca),))
+        monkeypatch.setattr(etcd_endpoint, "_SYSTEM_ROOTS", (str(tls.ca),))
         assert len((await opened(server.url).snapshot()).entries) == 1
 
 
@@ -366,7 +366,7 @@ async def test_a_tls_client_on_a_plain_port_is_told_so(server: EtcdServer, tls: 
 
 
 async def test_a_port_where_no_etcd_lives_is_told_so(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd_module, "RPC_SECONDS", 1.0)
+    monkeypatch.setattr(etcd_endpoint, "RPC_SECONDS", 1.0)
     for text in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
 
         async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes = text) -> None:
@@ -472,7 +472,7 @@ async def test_a_token_of_a_later_raft_index_hangs_only_once(
     """etcd waits until it has reached the index in the token; after a restore from a backup that may be never."""
     store = opened(guarded.url, username="node", password=SECRET)
     base = await store.snapshot()
-    monkeypatch.setattr(etcd_module, "RPC_SECONDS", 1.0)
+    monkeypatch.setattr(etcd_endpoint, "RPC_SECONDS", 1.0)
     store._cluster._token = f"{store._cluster._token.partition('.')[0]}.999999"
     with suppress(StoreUnavailable):  # the deadline ends the wait on both sides; either may speak first
         await store.snapshot()
