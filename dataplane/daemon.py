@@ -25,13 +25,15 @@ from dataplane.backend.base import Backend, Underlay
 from dataplane.cleanup import cleanup
 from dataplane.debug import status
 from dataplane.debug.control import ControlServer
-from dataplane.errors import ConfigError, KernelError, LodenError
+from dataplane.errors import ConfigError, KernelError, LodenError, StoreError
 from dataplane.health import HealthServer
 from dataplane.kernel import firewall, iface, subnetfile
+from dataplane.lease import texts
+from dataplane.lease.allocate import Claim
 from dataplane.lease.keeper import LeaseKeeper, fetch_config
-from dataplane.lease.model import Lease
+from dataplane.lease.model import Lease, LeaseEvent
 from dataplane.lease.store import LeaseStore
-from dataplane.memory import Memory
+from dataplane.memory import Memory, Past
 from dataplane.netconf import NetworkConfig
 from dataplane.options import Options
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRAM = "flanneld"
+
+HEAD_START = 0.3
+"""Seconds that a store has to answer before a daemon that remembers its lease begins without it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +93,17 @@ async def run(options: Options) -> None:
     log.info("Exiting cleanly...")
 
 
+async def _trouble_of(store: LeaseStore) -> str:
+    """Why a store cannot be asked now; empty where it answers."""
+    try:
+        async with asyncio.timeout(HEAD_START):
+            return "" if await store.read_config() is not None else texts.config_missing(store.name)
+    except TimeoutError:
+        return f"{store.name} has not answered within {HEAD_START:g} s"
+    except StoreError as error:
+        return str(error)
+
+
 def _stop_once(stop: asyncio.Event, number: signal.Signals) -> None:
     """The first signal stops in order; a second one kills, as with flannel."""
     log.info("Received %s, stopping", signal.Signals(number).name)
@@ -112,14 +128,54 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(subnetfile.DaemonLock(self._places.lock))
             await self._listen(stack)
+            self._memory = Memory(self._places.state)
+            stack.push_async_callback(self._memory.close)
             self._store = await parts.open_store(self._options)
             stack.push_async_callback(self._store.close)
             log.info("Created subnet manager: %s", self._store.name)
-            network = await fetch_config(self._store, self._read_network, rng=self._rng)
-            keeper, backend = await self._join(stack, self._store, network)
-            lease = await keeper.acquire()
+            claim, past = self._memory.claim(), self._memory.past(self._store.name)
+            if past is not None:
+                trouble = await _trouble_of(self._store)
+                if trouble:
+                    log.error("%s", texts.from_memory(trouble, len(past.snapshot.entries) - 1, past.left))
+                else:
+                    past = None
+            while not await self._live(self._store, claim, past):
+                past = None  # the store has another network by now
+
+    async def _live(self, store: LeaseStore, claim: Claim | None, past: Past | None) -> bool:
+        """Carry packets until the daemon is stopped. With `past`, begin without the store; False if it then turns out
+        to have another network config, after everything was closed."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._started, self._keeper, self._backend = False, None, None
+            if past is None:
+                text, network = await fetch_config(store, self._read_network, rng=self._rng)
+                self._memory.keep_network(store.name, text)
+            else:
+                _, network = self._read_network(past.config)
+            keeper, backend = await self._join(stack, store, network, claim)
+            if past is None:
+                lease = await keeper.acquire()
+            else:
+                lease = keeper.resume(past.own, past.left, past.snapshot)
             await backend.attach(lease)
-            await self._serve(keeper, backend, network, lease)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    running = tasks.create_task(keeper.run())
+                    await self._serve(backend, network, lease)
+                    if past is not None and await self._is_outdated(network, store):
+                        running.cancel()
+                        return False
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from group
+        return True
+
+    async def _is_outdated(self, network: NetworkConfig, store: LeaseStore) -> bool:
+        """Whether the store, once it answers, has another network config."""
+        _, found = await fetch_config(store, self._read_network, rng=self._rng)
+        if found != network:
+            log.warning("The network config has changed since this daemon last ran: starting anew with it")
+        return found != network
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Health and control answer from the first moment, also while the store is out of reach."""
@@ -130,7 +186,7 @@ class Daemon:
         stack.push_async_callback(control.close)
 
     async def _join(
-        self, stack: contextlib.AsyncExitStack, store: LeaseStore, network: NetworkConfig
+        self, stack: contextlib.AsyncExitStack, store: LeaseStore, network: NetworkConfig, claim: Claim | None
     ) -> tuple[LeaseKeeper, Backend]:
         """What stands between a network config and a lease: underlay, backend, keeper."""
         from dataplane.kernel.netlink import Netlink
@@ -138,23 +194,27 @@ class Daemon:
         netlink = await Netlink.open()
         stack.push_async_callback(netlink.close)
         facing = await self._choose_underlay(netlink)
-        memory = Memory(self._places.state)
-        backend = self._backend = parts.make_backend(self._options, network, facing, netlink, memory)
+        backend = self._backend = parts.make_backend(self._options, network, facing, netlink, self._memory)
         stack.push_async_callback(backend.close)
+
+        async def follow(events: Sequence[LeaseEvent]) -> None:
+            await backend.apply(events)
+            self._memory.keep_peers(lambda: (keeper.revision, keeper.peers))
+
         keeper = self._keeper = LeaseKeeper(
             store,
             network,
             await backend.prepare(),
-            claim=memory.claim(),
+            claim=claim,
             previous=subnetfile.read_previous(self._places.subnet_file),
             renew_margin=self._options.subnet_lease_renew_margin * 60.0,
-            on_events=backend.apply,
-            on_own=memory.keep_lease,
+            on_events=follow,
+            on_own=self._memory.keep_lease,
             rng=self._rng,
         )
         return keeper, backend
 
-    async def _serve(self, keeper: LeaseKeeper, backend: Backend, network: NetworkConfig, lease: Lease) -> None:
+    async def _serve(self, backend: Backend, network: NetworkConfig, lease: Lease) -> None:
         if self._options.iptables_forward_rules and network.network is not None:
             try:
                 await firewall.ensure_forward(network.network, nftables=network.enable_nftables)
@@ -167,15 +227,14 @@ class Daemon:
         self._started = True
         systemd.notify(os.environ, READY="1")
         log.info("Running backend.")
-        await keeper.run()
 
-    def _read_network(self, text: bytes) -> NetworkConfig:
+    def _read_network(self, text: bytes) -> tuple[bytes, NetworkConfig]:
         """Parse the net-conf; refuse what is not built yet as early as what is wrong."""
         network = netconf.parse(text, origin=f"{self._store.name if self._store else 'store'} net-conf")
         for warning in network.warnings:
             log.warning("%s", warning)
         log.info("Found network config - Backend type: %s", network.backend.type)
-        return network
+        return text, network
 
     async def _choose_underlay(self, netlink: Netlink) -> Underlay:
         return iface.choose(

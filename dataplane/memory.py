@@ -1,22 +1,44 @@
-"""Owns what this daemon remembers for its next start, while it runs: its device, and the lease it held.
+"""Owns what this daemon remembers for its next start, while it runs: its device, its network, its lease, its peers.
 
 Free of: the file's format (kernel.subnetfile). Invariant: the file says what was last told here, or an older whole
-truth; that it cannot be written is logged and never ends a daemon.
+truth; that it cannot be written is logged and never ends a daemon. What is remembered of one network config is
+forgotten with it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
-from ipaddress import IPv4Address, IPv6Address
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dataplane.errors import KernelError
+from dataplane.errors import KernelError, LeaseInvalid
 from dataplane.kernel import subnetfile
 from dataplane.lease.allocate import Claim
-from dataplane.lease.model import Lease
+from dataplane.lease.model import Lease, LeaseAttrs
+from dataplane.lease.store import Entry, Snapshot
 
 log = logging.getLogger(__name__)
+
+PEERS_INTERVAL = 5.0
+"""Seconds between two writes of the peers, which may be megabytes; a change after a quiet time is written at once."""
+_GATHER = 0.1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a daemon needs to forward packets without a store. `left`: seconds of our lease's TTL, None: reserved."""
+
+    config: bytes
+    own: Entry
+    left: float | None
+    snapshot: Snapshot
 
 
 class Memory:
@@ -25,6 +47,10 @@ class Memory:
     def __init__(self, path: str) -> None:
         self._path = path
         self._state = subnetfile.read_state(path)
+        self._boot_id = _BOOT_ID.read_text().strip()
+        self._writing = threading.Lock()
+        self._pending: asyncio.Task[None] | None = None
+        self._written = float("-inf")
 
     @property
     def device(self) -> str:
@@ -33,29 +59,80 @@ class Memory:
 
     def claim(self) -> Claim | None:
         """The lease that is provably ours, whatever this node's address is now."""
-        state = self._state
-        if not state.key:
+        own = self._state.own
+        if own is None:
             return None
-        public_ipv6 = IPv6Address(state.public_ipv6) if state.public_ipv6 else None
-        return Claim(state.key, state.create_revision, IPv4Address(state.public_ip), public_ipv6)
+        try:
+            attrs = LeaseAttrs.decode(own.value)
+        except LeaseInvalid:
+            return None
+        return Claim(own.key, own.create_revision, attrs.public_ip, attrs.public_ipv6)
+
+    def past(self, store: str) -> Past | None:
+        """What was true in that store when the former daemon ended; None once our lease must have expired."""
+        state = self._state
+        if state.own is None or state.store != store or not state.config:
+            return None
+        left = None
+        if not state.own.reserved:
+            now = _boot_time() if state.boot_id == self._boot_id else time.time()
+            left = (state.expires_boot if state.boot_id == self._boot_id else state.expires) - now
+            if left <= 0:
+                return None
+        return Past(state.config, state.own, left, Snapshot(state.revision, (*state.peers, state.own)))
 
     def keep_device(self, name: str) -> None:
         self._keep(device=name)
 
-    def keep_lease(self, lease: Lease) -> None:
-        self._keep(
-            key=str(lease.key),
-            create_revision=lease.create_revision,
-            public_ip=str(lease.attrs.public_ip),
-            public_ipv6=str(lease.attrs.public_ipv6 or ""),
-        )
+    def keep_network(self, store: str, config: bytes) -> None:
+        """The network that the daemon is about to join; leases of another one are forgotten."""
+        if (store, config) != (self._state.store, self._state.config):
+            self._keep(store=store, config=config, own=None, peers=(), revision=0)
+
+    def keep_lease(self, own: Entry, left: float | None) -> None:
+        """Our own lease, whose TTL runs for `left` more seconds (None: reserved)."""
+        expires = (0.0, 0.0) if left is None else (_boot_time() + left, time.time() + left)
+        self._keep(own=own, boot_id=self._boot_id, expires_boot=expires[0], expires=expires[1])
+
+    def keep_peers(self, known: Callable[[], tuple[int, Mapping[str, Lease]]]) -> None:
+        """The peers have changed. `known` is asked for the store's revision and them when they are written, in a moment
+        or some seconds after the last time."""
+        if self._pending is None:
+            self._pending = asyncio.create_task(self._write_peers(known))
+
+    async def close(self) -> None:
+        """Leave a write of the peers that waits; the next start takes the older ones for a beginning."""
+        if self._pending is not None:
+            self._pending.cancel()
+            await asyncio.wait([self._pending])
+
+    async def _write_peers(self, known: Callable[[], tuple[int, Mapping[str, Lease]]]) -> None:
+        await asyncio.sleep(max(_GATHER, self._written + PEERS_INTERVAL - time.monotonic()))
+        self._pending, self._written = None, time.monotonic()
+        revision, leases = known()
+        copied = dict(leases)
+
+        def write() -> None:
+            peers = tuple(_entry(text, lease) for text, lease in copied.items())
+            self._keep(revision=revision, peers=peers)
+
+        await asyncio.to_thread(write)
 
     def _keep(self, **changes: Any) -> None:
-        state = dataclasses.replace(self._state, **changes)
-        if state == self._state:
-            return
-        try:
-            subnetfile.write_state(self._path, state)
-        except KernelError as error:
-            log.error("Cannot keep the state for the next start: %s", error)
-        self._state = state
+        with self._writing:
+            state = dataclasses.replace(self._state, **changes)
+            if state == self._state:
+                return
+            try:
+                subnetfile.write_state(self._path, state)
+            except KernelError as error:
+                log.error("Cannot keep the state for the next start: %s", error)
+            self._state = state
+
+
+def _entry(text: str, lease: Lease) -> Entry:
+    return Entry(text, lease.attrs.encode(), lease.create_revision, lease.mod_revision, lease.reserved)
+
+
+def _boot_time() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

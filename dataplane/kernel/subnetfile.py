@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,15 @@ import msgspec
 
 from dataplane.errors import KernelError, LeaseInvalid
 from dataplane.lease.model import NO_IPV4, LeaseKey
+from dataplane.lease.store import Entry
 from dataplane.netconf import NetworkConfig
 from dataplane.options import DEFAULT_SUBNET_FILE
 
 _MAX_BYTES = 65_536
-"""Most of an old file that is read: ours have a few hundred bytes."""
+"""Most of an old subnet.env that is read: ours have a few hundred bytes."""
+
+MAX_STATE_BYTES = 32 << 20
+"""Most of a state file; 10,000 peers take about 3 MiB."""
 
 # A line as flannel's dotenv reader takes it; quotes and comments are looked at afterwards
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*[=:]\s*(.*?)\s*", re.ASCII)
@@ -112,13 +116,22 @@ def _only_one(value: str, network: type[_Net]) -> _Net | None:
 
 @dataclass(frozen=True, slots=True)
 class DaemonState:
-    """What the next start must know of this one: its device, and the lease it held. Empty where there was none."""
+    """What the next start must know of this one. Empty where there was none.
+
+    `store` names the lease store of which the rest is true: `config` is its net-conf, `own` our entry, which expires at
+    `expires_boot` of CLOCK_BOOTTIME in the boot `boot_id`, and at `expires` by the wall clock (both 0 for a
+    reservation); `peers` are the entries that were obeyed at `revision`.
+    """
 
     device: str = ""
-    key: str = ""
-    create_revision: int = 0
-    public_ip: str = ""
-    public_ipv6: str = ""
+    store: str = ""
+    config: bytes = b""
+    own: Entry | None = None
+    boot_id: str = ""
+    expires_boot: float = 0.0
+    expires: float = 0.0
+    revision: int = 0
+    peers: tuple[Entry, ...] = ()
 
 
 class _StateFile(msgspec.Struct):
@@ -129,8 +142,11 @@ class _StateFile(msgspec.Struct):
 
 
 def write_state(path: str, state: DaemonState) -> None:
-    """Put the state in place in one step, for root only. Raises KernelError; the old file then still stands."""
+    """Put the state in place in one step, for root only. Peers that would make it too large to be read are left out.
+    Raises KernelError; the old file then still stands."""
     record = msgspec.json.encode(state)
+    if len(record) > MAX_STATE_BYTES - 100:
+        record = msgspec.json.encode(replace(state, peers=()))
     _replace(path, msgspec.json.encode(_StateFile(zlib.crc32(record), msgspec.Raw(record))) + b"\n", 0o600)
 
 
@@ -138,7 +154,7 @@ def read_state(path: str) -> DaemonState:
     """What `write_state` wrote last; an empty state if the file is missing, cut short or altered."""
     try:
         with open(path, "rb") as file:
-            document = msgspec.json.decode(file.read(_MAX_BYTES), type=_StateFile)
+            document = msgspec.json.decode(file.read(MAX_STATE_BYTES), type=_StateFile)
         if zlib.crc32(document.state) != document.crc32:
             return DaemonState()
         return msgspec.json.decode(document.state, type=DaemonState)

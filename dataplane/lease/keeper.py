@@ -23,7 +23,7 @@ from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, SubnetRange, 
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
 from dataplane.lease.retry import Backoff, LogBudget, LogGate
-from dataplane.lease.store import LeaseStore
+from dataplane.lease.store import Entry, LeaseStore, Snapshot
 from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
 
@@ -82,7 +82,8 @@ class LeaseKeeper:
     """One node's lease and its view of the others. `acquire` once, then `run` once, until it is cancelled.
 
     `on_events` is awaited with peer events in order; whatever it raises ends `run`. `on_own` is called with each new
-    state of our own lease. A stop revokes nothing (facts 1.5). `grace`: see WIPED_STORE_GRACE.
+    state of our own entry, and the seconds that its TTL still runs (None: reserved). A stop revokes nothing (facts
+    1.5). `grace`: see WIPED_STORE_GRACE.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class LeaseKeeper:
         previous: LeaseKey | None = None,
         renew_margin: float,
         on_events: Callable[[Sequence[LeaseEvent]], Awaitable[None]],
-        on_own: Callable[[Lease], None],
+        on_own: Callable[[Entry, float | None], None],
         rng: Random,
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
@@ -119,6 +120,7 @@ class LeaseKeeper:
             config.network, config.ipv6_network, own_ip=attrs.public_ip, own_ipv6=attrs.public_ipv6
         )
         self._own: Ownership | None = None
+        self._remembered: Snapshot | None = None
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._gate = LogGate()
@@ -160,6 +162,26 @@ class LeaseKeeper:
     def rejected(self) -> dict[str, str]:
         """Why keys in the store are not obeyed, by key text."""
         return self._table.rejected
+
+    @property
+    def revision(self) -> int:
+        """The store is known up to here."""
+        return self._table.revision
+
+    def resume(self, held: Entry, left: float | None, snapshot: Snapshot) -> Lease:
+        """In place of `acquire`, where the store cannot be asked: begin with what a former daemon here knew.
+
+        `held`: our entry, whose TTL still runs for `left` seconds (None: reserved). `run` delivers the peers of
+        `snapshot` first, and holds all of it against the store as soon as that answers.
+        """
+        written = self._clock() + (left or 0.0) - LEASE_TTL
+        key = LeaseKey.parse(held.key)
+        self._own = Ownership(
+            held, key, self._attrs, renew_margin=self._renew_margin, written=written, inherited=True
+        )
+        self._table.set_own(held.key)
+        self._remembered = snapshot
+        return self._own.lease
 
     async def acquire(self) -> Lease:
         """Get a lease, however long the store or a race takes. Raises LeaseError when no subnet is free."""
@@ -207,7 +229,7 @@ class LeaseKeeper:
         log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
         self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
         self._table.set_own(written.key)
-        self._on_own(self._own.lease)
+        self._tell_own(self._own)
         return self._own.lease
 
     async def change_attrs(self, attrs: LeaseAttrs) -> None:
@@ -224,7 +246,10 @@ class LeaseKeeper:
     async def run(self) -> None:
         """Keep the lease and deliver the peers' until cancelled. Only an error of `on_events` ends it otherwise."""
         if self._own is None:
-            raise RuntimeError("acquire comes before run")
+            raise RuntimeError("acquire or resume comes before run")
+        if self._remembered is not None:
+            await self._deliver(self._own, self._table.reset(self._remembered), certain=False)
+            self._remembered = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(self._own))
@@ -291,13 +316,13 @@ class LeaseKeeper:
 
     async def _deliver(self, own: Ownership, update: Update, *, certain: bool) -> None:
         if update.own is not None:
-            before = own.lease
+            before = own.entry
             finding = own.observe(update.own, self._clock(), certain=certain)
             if finding is not None:
                 self._wake.set()
                 self._say_finding(own, finding)
-            if own.lease != before:
-                self._on_own(own.lease)
+            if own.entry != before:
+                self._tell_own(own)
         for rejection in update.rejections:
             if not rejection.again and self._rejection_lines.passes(self._clock()):
                 log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
@@ -372,7 +397,10 @@ class LeaseKeeper:
         else:
             self.counters.renewals += 1
             log.info("Lease renewed, new expiration: %s", _wall_time(own.expires_at, started))
-        self._on_own(own.lease)
+        self._tell_own(own)
+
+    def _tell_own(self, own: Ownership) -> None:
+        self._on_own(own.entry, None if own.expires_at is None else own.expires_at - self._clock())
 
     async def _pause(self, seconds: float | None) -> None:
         """Until the time is over, or something about our lease is news."""

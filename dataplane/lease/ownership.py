@@ -50,7 +50,17 @@ class Ownership:
     public IP; until then this daemon does not write, so that two daemons never fight over one key.
     """
 
-    def __init__(self, entry: Entry, key: LeaseKey, attrs: LeaseAttrs, *, renew_margin: float, written: float) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        key: LeaseKey,
+        attrs: LeaseAttrs,
+        *,
+        renew_margin: float,
+        written: float,
+        inherited: bool = False,
+    ) -> None:
+        """`inherited`: the entry is what a former daemon here knew of it, not what the store has just said."""
         self.key = key
         self.text = entry.key
         self.attrs = attrs
@@ -64,27 +74,29 @@ class Ownership:
         self.revision = 0
         """The newest that is known about our key."""
         self._margin = min(renew_margin, LEASE_TTL - _LEAST_TTL_BEFORE_RENEWAL)
-        self._entry = entry
+        self.entry = entry
+        """Ours, as we last held it; `lease` is what it says."""
         self._said = attrs
         self._doubts: dict[bytes, float] = {}
         self._rewrite = False
+        self._inherited = inherited
         self.wrote(entry, written)
 
     @property
     def lease(self) -> Lease:
         """Our lease as we last held it."""
-        entry = self._entry
+        entry = self.entry
         return Lease(self.key, self._said, entry.create_revision, entry.mod_revision, entry.reserved)
 
     @property
     def expected(self) -> int | None:
         """What the next write replaces: the mod_revision of our entry, or None for an absent key."""
-        return self._entry.mod_revision if self.standing is Standing.HELD else None
+        return self.entry.mod_revision if self.standing is Standing.HELD else None
 
     @property
     def ttl(self) -> int | None:
         """TTL of the next write: a reservation stays one."""
-        return None if self.standing is Standing.HELD and self._entry.reserved else LEASE_TTL
+        return None if self.standing is Standing.HELD and self.entry.reserved else LEASE_TTL
 
     @property
     def changing(self) -> bool:
@@ -122,7 +134,8 @@ class Ownership:
         known = self.revision
         if revision <= known and not certain:
             return None
-        if self.standing is Standing.HELD and fact == self._entry:
+        inherited, self._inherited = self._inherited, self._inherited and not certain
+        if self.standing is Standing.HELD and fact == self.entry:
             return None
         self.revision = revision
         if isinstance(fact, Deleted):
@@ -134,8 +147,9 @@ class Ownership:
         ours = (self.attrs, self._said, *(LeaseAttrs.decode(value) for value in self._doubts))
         if not any(attrs.is_at(known.public_ip, known.public_ipv6) for known in ours):
             return self._taken(str(attrs.node))
-        # an entry that is certain and older than what was known: the store lives in another history, from a backup
-        return self._named(fact, now, restored=revision <= known)
+        # An entry that is certain and older than what was known: the store lives in another history, from a backup. One
+        # that a former daemon here may have written is ours, as a start with a store would take it.
+        return self._named(fact, now, restored=revision <= known or inherited)
 
     def _gone(self) -> Finding | None:
         before, self.standing = self.standing, Standing.FREE
@@ -157,7 +171,7 @@ class Ownership:
         if entry.reserved:
             # rewritten at the step from lease to reservation only: else two daemons at one address would rewrite each
             # other's for ever
-            wanted = self._rewrite or not self._entry.reserved
+            wanted = self._rewrite or not self.entry.reserved
             self._hold(entry, None)
             self._rewrite = self._rewrite and wanted
             return Finding.ADOPTED
@@ -171,7 +185,7 @@ class Ownership:
         self.standing = Standing.HELD
         self.revision = entry.mod_revision
         self.expires_at = expires_at
-        self._entry = entry
+        self.entry = entry
         self._said = LeaseAttrs.decode(entry.value)
         self._doubts.clear()
         self._rewrite = self._said != self.attrs

@@ -54,6 +54,14 @@ def config_missing(store: str) -> str:
     )
 
 
+def from_memory(trouble: str, peers: int, left: float | None) -> str:
+    expiry = "is a reservation" if left is None else f"runs for another {duration(left)}"
+    return (
+        f"Beginning without the lease store ({trouble}): forwarding to the {peers} peers that the state file knows; "
+        f"our lease {expiry}. Not ready until the store answers"
+    )
+
+
 def wiped(store: str, peers: int, grace: float) -> str:
     return (
         f"The lease store {store} has lost its leases: the {peers} peers are kept for {duration(grace)}, "

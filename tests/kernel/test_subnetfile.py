@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.errors import KernelError
+from dataplane.kernel import subnetfile
 from dataplane.kernel.subnetfile import (
     DaemonLock,
     DaemonState,
@@ -29,6 +31,7 @@ from dataplane.kernel.subnetfile import (
     write_subnet_file,
 )
 from dataplane.lease.model import NO_IPV4, LeaseKey
+from dataplane.lease.store import Entry
 from dataplane.netconf import NetworkConfig, parse
 
 V4 = parse(b'{"Network": "10.42.0.0/16"}', origin="test")
@@ -38,7 +41,9 @@ DUAL = parse(
 V6 = parse(b'{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "2001:cafe:42::/56"}', origin="test")
 KEY = LeaseKey(IPv4Network("10.42.7.0/24"))
 DUAL_KEY = LeaseKey(IPv4Network("10.42.7.0/24"), IPv6Network("2001:cafe:42::/64"))
-STATE = DaemonState("flannel0", "10.42.7.0-24&2001:cafe:42::-64", 17, "192.0.2.11", "fd00:198:18::11")
+OWN = Entry("10.42.7.0-24", b'{"PublicIP":"192.0.2.11"}', 17, 18)
+PEER = Entry("0.0.0.0-0&fd00::-64", b"\xff", 3, 4, reserved=True)
+STATE = DaemonState("flannel0", "etcd x", b"{}", OWN, "b", 9.5, 1.7e9, 18, (PEER,))
 
 
 @pytest.fixture
@@ -192,6 +197,21 @@ def test_a_state_of_another_shape_is_an_empty_one(tmp_path: Path) -> None:
     for text in (b"[]", b"{}", b'{"crc32":0,"state":""}', b"[" * 60_000):
         path.write_bytes(text)
         assert read_state(str(path)) == DaemonState()
+
+
+def test_ten_thousand_peers_come_back_and_a_monstrous_number_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    value = b'{"PublicIP":"192.0.2.11","PublicIPv6":null,"BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}'
+    peers = tuple(Entry(f"10.{n >> 8}.{n & 255}.0-24", value, n, n) for n in range(10_000))
+    large = dataclasses.replace(STATE, peers=peers)
+    write_state(str(path), large)
+    assert read_state(str(path)) == large
+    assert path.stat().st_size < subnetfile.MAX_STATE_BYTES / 8
+    monkeypatch.setattr(subnetfile, "MAX_STATE_BYTES", path.stat().st_size // 2)
+    write_state(str(path), large)
+    assert read_state(str(path)) == dataclasses.replace(STATE, peers=())
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from dataplane import netconf
 from dataplane.errors import KernelError, LeaseError, StoreUnavailable
 from dataplane.lease.allocate import Claim
 from dataplane.lease.keeper import WIPED_STORE_GRACE, LeaseKeeper, fetch_config
-from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
-from dataplane.lease.store import Entry
+from dataplane.lease.model import LEASE_TTL, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
+from dataplane.lease.store import Entry, Snapshot
 from tests.lease.fake_store import ManualClock, SimulatedClient, SimulatedStore, Write, settle
 
 CONFIG = netconf.parse(b'{"Network":"10.5.0.0/16","SubnetMax":"10.5.6.0"}', origin="this test")
@@ -54,11 +54,12 @@ class Node:
         self.client = SimulatedClient(store, str(self.ip))
         self.events: list[LeaseEvent] = []
         self.peers: dict[str, LeaseAttrs] = {}
-        self.owned: list[Lease] = []
+        self.owned: list[Entry] = []
         self.task: asyncio.Task[None] | None = None
         self.keeper = LeaseKeeper(
             self.client, config, attrs or LeaseAttrs(self.ip), on_events=self.on_events,
-            on_own=self.owned.append, rng=Random(number), clock=self.clock, sleep=self.clock.sleep,
+            on_own=lambda entry, _: self.owned.append(entry), rng=Random(number), clock=self.clock,
+            sleep=self.clock.sleep,
             **({"renew_margin": MARGIN} | arguments),  # type: ignore[arg-type]  # named by each test
         )  # fmt: skip
 
@@ -179,7 +180,7 @@ async def test_a_new_node_draws_a_subnet_and_writes_flannels_value(
     async with living(store, node):
         assert store.entries[node.key].value == b'{"PublicIP":"192.0.2.1","PublicIPv6":null}'
         assert store.expiries[node.key] == DAY
-        assert node.owned == [node.keeper.own]
+        assert node.owned == [store.entries[node.key]]
         assert node.keeper.healthy
         assert node.keeper.expires_at == DAY
     assert "Picking subnet in range 10.5.1.0 ... 10.5.6.0" in caplog.text
@@ -767,6 +768,114 @@ async def test_a_store_restored_from_a_backup_gives_our_lease_back_and_it_is_ren
         assert node.owned[-1].mod_revision == store.entries[node.key].mod_revision < 100
 
 
+# ---- a start without the store
+
+
+def remembered(store: SimulatedStore, key: str) -> tuple[Entry, Snapshot]:
+    return store.entries[key], Snapshot(store.revision, tuple(store.entries.values()))
+
+
+async def resumed(store: SimulatedStore, held: Entry, past: Snapshot, *, grace: float = 60.0) -> Node:
+    """A daemon that begins with what a former one knew, while the store is out of reach."""
+    node = Node(store, 1, grace=grace)
+    node.client.offline = True
+    node.keeper.resume(held, 5000.0, past)
+    node.task = asyncio.create_task(node.keeper.run())
+    await settle()
+    return node
+
+
+async def test_a_start_without_the_store_has_the_peers_at_once_and_is_not_synced(store: SimulatedStore) -> None:
+    first = Node(store, 1)
+    store.put("10.5.200.0-24", value("192.0.2.2"), DAY)
+    async with living(store, first):
+        pass
+    node = await resumed(store, *remembered(store, first.key))
+    try:
+        assert node.peers == {"10.5.200.0-24": LeaseAttrs(IPv4Address("192.0.2.2"))}
+        assert node.key == first.key
+        assert (node.keeper.synced, node.keeper.healthy) == (False, True)
+        await store.clock.advance(5001, store)
+        assert not node.keeper.healthy, "the TTL ran out"
+        node.client.offline = False
+        await store.clock.advance(70, store)
+        assert (node.keeper.synced, node.keeper.healthy) == (True, True)
+        assert node.said() == [("added", "10.5.200.0-24")]
+        assert store.entries[node.key].create_revision == first.owned[0].create_revision
+    finally:
+        await node.stop()
+
+
+@pytest.mark.parametrize("meanwhile", ["renewed", "deleted", "taken", "twin", "nothing"])
+async def test_what_happened_to_our_lease_meanwhile_is_found_out(store: SimulatedStore, meanwhile: str) -> None:
+    first = Node(store, 1)
+    async with living(store, first):
+        pass
+    held, past = remembered(store, first.key)
+    node = await resumed(store, held, past)
+    try:
+        if meanwhile == "renewed":  # by the former daemon, which was killed before it could note it
+            store.put(held.key, value(node.ip), DAY, by="192.0.2.1")
+        elif meanwhile == "deleted":
+            store.remove(held.key)
+        elif meanwhile == "taken":
+            store.put(held.key, value("192.0.2.66"), DAY)
+        node.client.offline = False
+        await store.clock.advance(10, store)
+        if meanwhile == "twin":  # what comes after the first look is not ours
+            store.put(held.key, value(node.ip), DAY)
+            await settle()
+        assert node.keeper.healthy == (meanwhile not in ("taken", "twin"))
+        assert node.keeper.fenced == (meanwhile == "taken")
+        assert node.keeper.synced
+        if node.keeper.healthy:
+            assert store.entries[held.key].value == value(node.ip)
+            assert node.owned == [] or node.owned[-1] == store.entries[held.key]
+    finally:
+        await node.stop()
+
+
+async def test_peers_that_changed_meanwhile_are_corrected_and_a_wiped_store_takes_none_away(
+    store: SimulatedStore,
+) -> None:
+    first = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
+    for number in (2, 3, 4):
+        store.put(f"10.5.{number}.0-24", value(f"192.0.2.{number}"), DAY)
+    async with living(store, first):
+        pass
+    held, past = remembered(store, first.key)
+    for wiped in (False, True):
+        node = await resumed(store, held, past)
+        try:
+            assert len(node.said()) == 3
+            if wiped:
+                store.wipe(restart=True)
+            else:
+                store.put("10.5.2.0-24", value("192.0.2.22"), DAY)
+                store.remove("10.5.3.0-24")
+            node.client.offline = False
+            await store.clock.advance(6, store)
+            gone = [("removed", "10.5.3.0-24"), ("changed", "10.5.2.0-24")]
+            assert node.said() == ([] if wiped else gone)
+            assert store.entries[held.key].value == value(node.ip)
+        finally:
+            await node.stop()
+
+
+async def test_a_start_without_the_store_at_another_address_says_so_later(store: SimulatedStore) -> None:
+    first = Node(store, 7)
+    async with living(store, first):
+        pass
+    node = await resumed(store, *remembered(store, first.key))
+    try:
+        node.client.offline = False
+        await store.clock.advance(10, store)
+        assert store.entries[first.key].value == value("192.0.2.1")
+        assert node.keeper.healthy
+    finally:
+        await node.stop()
+
+
 # ---- our lease says something else
 
 
@@ -788,7 +897,7 @@ async def test_a_change_is_written_in_place_at_once(store: SimulatedStore, caplo
         assert store.expiries[node.key] == store.clock.now + DAY
         assert peer.said() == [("changed", node.key)]
         assert peer.peers[node.key] == moved(101)
-        assert node.owned[-1].attrs == moved(101)
+        assert node.owned[-1].value == moved(101).encode()
         assert (node.keeper.healthy, node.keeper.counters.changes, node.keeper.counters.renewals) == (True, 1, 0)
         await node.keeper.change_attrs(moved(101))
         await store.clock.advance(DAY - MARGIN + 1, store)
@@ -806,7 +915,8 @@ async def test_changes_while_the_store_is_away_are_written_when_it_is_back(store
         for number in (101, 102, 103):
             await node.keeper.change_attrs(moved(number))
             await store.clock.advance(20, store)
-        assert node.owned[-1].attrs == LeaseAttrs(node.ip), "what the store still says"
+        assert node.keeper.own is not None
+        assert node.keeper.own.attrs == LeaseAttrs(node.ip), "what the store still says"
         calls = node.client.calls
         await store.clock.advance(3600, store)
         assert node.client.calls - calls < 2200
