@@ -30,7 +30,8 @@ from dataplane.health import HealthServer
 from dataplane.kernel import firewall, iface, subnetfile
 from dataplane.lease import texts
 from dataplane.lease.allocate import Claim
-from dataplane.lease.keeper import LeaseKeeper, fetch_config
+from dataplane.lease.config import fetch_config
+from dataplane.lease.keeper import LeaseKeeper
 from dataplane.lease.model import Lease, LeaseEvent
 from dataplane.lease.store import LeaseStore
 from dataplane.memory import Memory, Past

@@ -12,7 +12,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dataplane"
 
 FLOORS = {
-    0: ["errors", "kernel.facts", "lease.model", "lease.store", "path.capability", "path.wire", "path.superframe"],
+    0: [
+        "errors",
+        "kernel.facts",
+        "lease.model",
+        "lease.store",
+        "lease.overlap",
+        "path.capability",
+        "path.wire",
+        "path.superframe",
+    ],
     1: [
         "netconf",
         "options",
@@ -20,13 +29,14 @@ FLOORS = {
         "lease.allocate",
         "lease.ownership",
         "lease.retry",
+        "lease.loss",
         "lease.texts",
         "lease.etcd_wire",
         "backend.base",
         "kernel.rtnetlink",
     ],
-    2: ["lease.sqlite_database", "lease.etcd_endpoint", "lease.keeper", "kernel.*"],
-    3: ["path.datapath", "lease.sqlite", "lease.etcd"],
+    2: ["lease.sqlite_database", "lease.etcd_endpoint", "lease.config", "kernel.*"],
+    3: ["path.datapath", "lease.sqlite", "lease.etcd", "lease.keeper"],
     4: ["backend.*", "debug.status"],
     5: ["debug.control"],
     6: ["daemon", "parts", "memory", "cleanup", "klog", "health", "systemd"],

@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import TypeVar
 
-from dataplane.errors import ConfigError, HistoryGone, StoreError, StoreUnavailable
+from dataplane.errors import HistoryGone, StoreError, StoreUnavailable
 from dataplane.lease import texts
-from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, SubnetRange, Take, Wish, plan
+from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, Take, Wish, plan
+from dataplane.lease.config import Clock, Sleep, range_v4, range_v6
+from dataplane.lease.loss import Losses
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
 from dataplane.lease.retry import Backoff, LogBudget, LogGate
@@ -28,10 +29,6 @@ from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-Clock = Callable[[], float]
-Sleep = Callable[[float], Awaitable[None]]
 
 WIPED_STORE_GRACE = 600.0
 """Seconds for which the peers that a wiped store has lost are kept: their daemons put them back."""
@@ -52,30 +49,6 @@ class KeeperCounters:
     changes: int = 0
     put_backs: int = 0
     lost_races: int = 0
-
-
-async def fetch_config(
-    store: LeaseStore,
-    parse: Callable[[bytes], T],
-    *,
-    rng: Random,
-    clock: Clock = time.monotonic,
-    sleep: Sleep = asyncio.sleep,
-) -> T:
-    """The network's config as `parse` reads it (which raises ConfigError). Tries for ever, and says why."""
-    backoff = Backoff(1.0, 5.0, rng, growth=1.1)
-    gate = LogGate()
-    while True:
-        try:
-            text = await store.read_config()
-            if text is not None:
-                return parse(text)
-            trouble = texts.config_missing(store.name)
-        except (StoreError, ConfigError) as error:
-            trouble = str(error)
-        if gate.passes(trouble, clock()):
-            log.error("Couldn't fetch network config: %s", trouble)
-        await sleep(backoff.next())
 
 
 class LeaseKeeper:
@@ -105,7 +78,7 @@ class LeaseKeeper:
         self._store = store
         self._attrs = attrs
         self._wish = Wish(
-            _range_v4(config), attrs.public_ip, attrs.public_ipv6, _range_v6(config), claim=claim, previous=previous
+            range_v4(config), attrs.public_ip, attrs.public_ipv6, range_v6(config), claim=claim, previous=previous
         )
         self._renew_margin = renew_margin
         self._on_events = on_events
@@ -113,8 +86,7 @@ class LeaseKeeper:
         self._rng = rng
         self._clock = clock
         self._sleep = sleep
-        self._grace = grace
-        self._grace_until: float | None = None
+        self._losses = Losses(grace)
         self._audit_at: float | None = None
         self._table = LeaseTable(
             config.network, config.ipv6_network, own_ip=attrs.public_ip, own_ipv6=attrs.public_ipv6
@@ -302,16 +274,17 @@ class LeaseKeeper:
         restarted = snapshot.revision < max(self._table.revision, own.revision)
         # nothing there that we could have known: wiped, even if some nodes have put theirs back already
         wiped = restarted or all(entry.create_revision > self._table.revision for entry in snapshot.entries)
-        if self._grace_until is None and self._table.peers and wiped:
-            self._grace_until = self._clock() + self._grace
+        losses, now = self._losses, self._clock()
+        if wiped and self._table.peers and losses.wiped(now):
             self._wake.set()
-            log.error("%s", texts.wiped(self._store.name, len(self._table.peers), self._grace))
-        in_grace = self._grace_until is not None and self._clock() < self._grace_until
-        update = self._table.reset(snapshot, restarted=restarted, keep_missing=in_grace)
-        if not self._table.missing:
-            self._grace_until = None
+            log.error("%s", texts.wiped(self._store.name, len(self._table.peers), (losses.grace_until or now) - now))
+        update = self._table.reset(snapshot, restarted=restarted)
         self._audit_at = None
-        await self._deliver(own, update, certain=True)
+        await self._deliver(own, replace(update, lost=()) if losses.in_grace(now) else update, certain=True)
+        if losses.grace_until is not None and not losses.in_grace(now):
+            await self._deliver(own, self._table.forget(self._table.missing - losses.lingering), certain=True)
+        if not losses.in_grace(now) or not self._table.missing:
+            losses.grace_until = None
         self.synced = True
 
     async def _deliver(self, own: Ownership, update: Update, *, certain: bool) -> None:
@@ -323,6 +296,10 @@ class LeaseKeeper:
                 self._say_finding(own, finding)
             if own.entry != before:
                 self._tell_own(own)
+        if update.lost:
+            if not self._losses.lingering:
+                self._wake.set()
+            self._losses.lost(update.lost, self._clock())
         for rejection in update.rejections:
             if not rejection.again and self._rejection_lines.passes(self._clock()):
                 log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
@@ -353,23 +330,29 @@ class LeaseKeeper:
             except StoreError as error:
                 if not urgent:
                     self._say_postponed(error, renewal=own.due() == due)
-                    await self._pause(_RENEWAL_RETRY)
+                    await self._pause(min(_RENEWAL_RETRY, self._losses.next - self._clock()))
                     continue
                 self._trouble(f"Couldn't {'change our lease' if own.changing else 'put our lease back'}", error)
             if self._due(own) == due:
                 await self._pause(backoff.next())
 
     def _due(self, own: Ownership) -> float | None:
-        times = [at for at in (own.due(), self._grace_until, self._audit_at) if at is not None]
-        return min(times, default=None)
+        due = [self._losses.next, *self._times(own)]
+        return None if min(due) == float("inf") else min(due)
+
+    def _times(self, own: Ownership) -> list[float]:
+        """When the store has to be asked."""
+        return [at for at in (own.due(), self._losses.grace_until, self._audit_at) if at is not None]
 
     async def _act(self, own: Ownership) -> None:
         """Do what is due; the turn is ours."""
         now = self._clock()
+        if forgotten := self._losses.due(now):
+            await self._deliver(own, self._table.forget(forgotten), certain=False)
         due = own.due()
         if due is not None and due <= now:
             await self._put(own)
-        elif any(at is not None and at <= now for at in (self._grace_until, self._audit_at)):
+        elif any(at <= now for at in self._times(own)):
             await self._resync(own)
 
     async def _put(self, own: Ownership) -> None:
@@ -445,20 +428,6 @@ class LeaseKeeper:
             case Finding.ADOPTED:
                 kind = "a reservation without expiry" if own.expires_at is None else "what the store brought back"
                 log.warning("Our lease %s was written by others and names this node (%s): kept as %s", key, ip, kind)
-
-
-def _range_v4(config: NetworkConfig) -> SubnetRange | None:
-    network, first, last = config.network, config.subnet_min, config.subnet_max
-    if network is None or first is None or last is None:
-        return None
-    return SubnetRange(network, config.subnet_len, first, last)
-
-
-def _range_v6(config: NetworkConfig) -> SubnetRange | None:
-    network, first, last = config.ipv6_network, config.ipv6_subnet_min, config.ipv6_subnet_max
-    if network is None or first is None or last is None:
-        return None
-    return SubnetRange(network, config.ipv6_subnet_len, first, last)
 
 
 def _wall_time(at: float | None, now: float) -> str:

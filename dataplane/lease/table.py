@@ -2,19 +2,20 @@
 
 Free of: IO, clocks, logging. Invariant: the sum of all events handed out equals `peers`, and `peers` is what a new
 table makes of the same entries, apart from two memories: the last good value of a key whose value went bad, and the
-peers that a wiped store has lost (`missing`).
+peers that the store has lost and that nobody told the table to `forget` yet.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import MappingProxyType
 
 from dataplane.errors import LeaseInvalid
 from dataplane.lease.model import NO_IPV4, Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
+from dataplane.lease.overlap import OverlapIndex
 from dataplane.lease.store import Batch, Deleted, Entry, Snapshot
 
 _BROADCAST = IPv4Address("255.255.255.255")
@@ -35,6 +36,7 @@ class Rejection:
 @dataclass(frozen=True, slots=True)
 class Update:
     """What one snapshot or batch changed. `own` is the latest fact about our own key, None where it did not occur.
+    `lost`: peers whose entries are gone, which are kept until `LeaseTable.forget`.
 
     A snapshot's events come as Removed, Changed, Added; a batch's in the order of the store's changes.
     """
@@ -42,6 +44,7 @@ class Update:
     events: tuple[LeaseEvent, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     own: Entry | Deleted | None = None
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,9 @@ class LeaseTable:
     IPv4 alone sees the IPv4 half, and one of IPv6 alone is none of its peers'.
 
     Two leases that overlap: the lower create revision is obeyed (at a tie the lower key), the other is rejected and
-    comes in when the winner goes. What overlaps our own lease is rejected whatever its age. A snapshot costs
-    O(n log n), a change O(log n) plus the leases that it overlaps.
+    comes in when the winner goes. What overlaps our own lease is rejected whatever its age. A peer whose entry is gone
+    stays, behind every other lease that needs its subnet, until it is forgotten: its daemon may put it back. A snapshot
+    costs O(n log n), a change O(log n) plus the leases that it overlaps.
     """
 
     def __init__(
@@ -85,8 +89,9 @@ class LeaseTable:
         self._own_text: str | None = None
         self._own_key: LeaseKey | None = None
         self._records: dict[str, _Record] = {}
+        self._missing: set[str] = set()
         self._contenders: dict[str, Lease] = {}
-        self._index = _OverlapIndex({})
+        self._index = OverlapIndex({})
         self._peers: dict[str, Lease] = {}
         self._rejected: dict[str, Rejection] = {}
         self.revision = 0
@@ -105,9 +110,9 @@ class LeaseTable:
         return {text: rejection.reason for text, rejection in self._rejected.items()}
 
     @property
-    def missing(self) -> int:
-        """How many peers are kept although the store has lost them."""
-        return sum(record.missing for record in self._records.values())
+    def missing(self) -> AbstractSet[str]:
+        """The peers that are kept although the store has lost them."""
+        return self._missing
 
     def set_own(self, text: str | None) -> Update:
         """Say which key is ours from now on; it leaves the peers, and what overlaps it is rejected."""
@@ -125,12 +130,8 @@ class LeaseTable:
         self._records = {text: replace(record, digest=None) for text, record in self._records.items()}
         return True
 
-    def reset(self, snapshot: Snapshot, *, restarted: bool = False, keep_missing: bool = False) -> Update:
-        """Follow a snapshot. One older than the table is ignored, unless the store's history has `restarted`.
-
-        `keep_missing`: peers that the snapshot lacks stay until a snapshot without this flag, or until another lease
-        needs their subnet.
-        """
+    def reset(self, snapshot: Snapshot, *, restarted: bool = False) -> Update:
+        """Follow a snapshot. One older than the table is ignored, unless the store's history has `restarted`."""
         if snapshot.revision < self.revision and not restarted:
             return Update()
         before = self._records
@@ -138,45 +139,67 @@ class LeaseTable:
         self._records = {
             entry.key: self._read(entry, None if restarted else before.get(entry.key)) for entry in snapshot.entries
         }
-        if keep_missing:
-            for text in self._peers.keys() - self._records.keys():
-                self._records[text] = replace(before[text], missing=True)
+        lost = self._peers.keys() - self._records.keys() - {self._own_text}
+        for text in lost:
+            self._records[text] = replace(before[text], missing=True)
+        lost, self._missing = lost - self._missing, lost
         own: Entry | Deleted | None = None
         if self._own_text is not None:
             there = (entry for entry in snapshot.entries if entry.key == self._own_text)
             own = next(there, Deleted(self._own_text, snapshot.revision))
-        return replace(self._settle_all(), own=own)
+        return replace(self._settle_all(), own=own, lost=tuple(sorted(lost)))
+
+    def forget(self, texts: Iterable[str]) -> Update:
+        """Let go of those among `texts` that the store has lost."""
+        updates = [self._put(text, None) for text in sorted(self._missing.intersection(texts))]
+        return Update(
+            tuple(event for update in updates for event in update.events),
+            tuple(rejection for update in updates for rejection in update.rejections),
+        )
 
     def apply(self, batch: Batch) -> Update:
         """Follow a batch of changes; those that the table has seen already are ignored."""
         known, self.revision = self.revision, max(self.revision, batch.revision)
         events: list[LeaseEvent] = []
         rejections: list[Rejection] = []
+        lost: list[str] = []
         own: Entry | Deleted | None = None
         for change in batch.changes:
             if (change.revision if isinstance(change, Deleted) else change.mod_revision) <= known:
                 continue
-            update = self._change(change)
+            known_lost = change.key in self._missing
+            update = self._put(change.key, self._after(change))
+            if change.key in self._missing and not known_lost:
+                lost.append(change.key)
             events += update.events
             rejections += update.rejections
             if change.key == self._own_text:
                 own = change
-        return Update(tuple(events), tuple(rejections), own)
+        return Update(tuple(events), tuple(rejections), own, tuple(lost))
 
-    def _change(self, change: Entry | Deleted) -> Update:
-        text = change.key
-        before = self._records.pop(text, None)
+    def _after(self, change: Entry | Deleted) -> _Record | None:
+        """What there is to know of a key after a change; nothing of one that was no peer's and is gone."""
+        before = self._records.get(change.key)
+        if isinstance(change, Entry):
+            return self._read(change, before)
+        return replace(before, missing=True) if before is not None and change.key in self._peers else None
+
+    def _put(self, text: str, record: _Record | None) -> Update:
         contender = self._contenders.pop(text, None)
         touched = {text}
         if contender is not None:
-            self._index.remove(text, contender.key)
+            self._index.remove(text, contender.key.subnets)
             touched |= self._touching(contender.key)
-        if isinstance(change, Entry):
-            self._records[text] = self._read(change, before)
+        self._records.pop(text, None)
+        self._missing.discard(text)
+        if record is not None:
+            self._records[text] = record
+            if record.missing:
+                self._missing.add(text)
             contender = self._contender(text)
             if contender is not None:
                 self._contenders[text] = contender
-                self._index.add(text, contender.key)
+                self._index.add(text, contender.key.subnets)
                 touched |= self._touching(contender.key)
         return self._settle(touched)
 
@@ -242,7 +265,7 @@ class LeaseTable:
         found: set[str] = set()
         todo = [key]
         while todo:
-            new = self._index.overlapping(todo.pop()) - found
+            new = self._index.overlapping(todo.pop().subnets) - found
             found |= new
             todo += [self._contenders[text].key for text in new]
         return found
@@ -250,7 +273,7 @@ class LeaseTable:
     def _settle_all(self) -> Update:
         everyone = ((text, self._contender(text)) for text in self._records)
         self._contenders = {text: lease for text, lease in everyone if lease is not None}
-        self._index = _OverlapIndex({text: lease.key for text, lease in self._contenders.items()})
+        self._index = OverlapIndex({text: lease.key.subnets for text, lease in self._contenders.items()})
         return self._settle(self._records.keys() | self._peers.keys() | self._rejected.keys())
 
     def _settle(self, texts: Iterable[str]) -> Update:
@@ -259,7 +282,7 @@ class LeaseTable:
         winners: set[str] = set()
         lost: dict[str, str] = {}
         for text in sorted((text for text in texts if text in self._contenders), key=self._precedence):
-            better = self._index.overlapping(self._contenders[text].key) & winners
+            better = self._index.overlapping(self._contenders[text].key.subnets) & winners
             if better:
                 lost[text] = min(better, key=self._precedence)
             else:
@@ -305,60 +328,3 @@ class LeaseTable:
                 self._rejected[text] = Rejection(text, record.mod_revision, reason, again)
                 self.rejections += 1
                 yield self._rejected[text]
-
-
-class _OverlapIndex:
-    """Which keys overlap a given one. Two blocks overlap only if one contains the other: the containing ones are
-    found by one look-up per prefix length in use, the contained ones are neighbours in order of address."""
-
-    def __init__(self, items: Mapping[str, LeaseKey]) -> None:
-        self._at: dict[tuple[int, int, int], set[str]] = {}
-        self._lengths: dict[int, dict[int, int]] = {4: {}, 6: {}}
-        self._order: dict[int, list[tuple[int, str]]] = {4: [], 6: []}
-        for text, key in items.items():
-            for block in _blocks(key):
-                self._count(block, text)
-                self._order[block[0]].append((block[2], text))
-        for order in self._order.values():
-            order.sort()
-
-    def _count(self, block: tuple[int, int, int], text: str) -> None:
-        self._at.setdefault(block, set()).add(text)
-        lengths = self._lengths[block[0]]
-        lengths[block[1]] = lengths.get(block[1], 0) + 1
-
-    def add(self, text: str, key: LeaseKey) -> None:
-        for block in _blocks(key):
-            self._count(block, text)
-            insort(self._order[block[0]], (block[2], text))
-
-    def remove(self, text: str, key: LeaseKey) -> None:
-        for block in _blocks(key):
-            version, length, first = block
-            self._at[block].discard(text)
-            if not self._at[block]:
-                del self._at[block]
-            self._lengths[version][length] -= 1
-            if not self._lengths[version][length]:
-                del self._lengths[version][length]
-            order = self._order[version]
-            del order[bisect_left(order, (first, text))]
-
-    def overlapping(self, key: LeaseKey) -> set[str]:
-        found: set[str] = set()
-        for version, length, first in _blocks(key):
-            bits = 32 if version == 4 else 128
-            for wider in self._lengths[version]:
-                if wider <= length:
-                    found |= self._at.get((version, wider, first >> (bits - wider) << (bits - wider)), set())
-            order = self._order[version]
-            start = bisect_left(order, (first, ""))
-            end = bisect_right(order, (first + (1 << (bits - length)), ""), lo=start)
-            found.update(text for _, text in order[start:end])
-        return found
-
-
-def _blocks(key: LeaseKey) -> Iterator[tuple[int, int, int]]:
-    """(IP version, prefix length, first address) of each family of a key."""
-    for subnet in key.subnets:
-        yield subnet.version, subnet.prefixlen, int(subnet.network_address)

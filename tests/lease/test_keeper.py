@@ -19,7 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dataplane import netconf
 from dataplane.errors import KernelError, LeaseError, StoreUnavailable
 from dataplane.lease.allocate import Claim
-from dataplane.lease.keeper import WIPED_STORE_GRACE, LeaseKeeper, fetch_config
+from dataplane.lease.config import fetch_config
+from dataplane.lease.keeper import WIPED_STORE_GRACE, LeaseKeeper
+from dataplane.lease.loss import LINGER
 from dataplane.lease.model import LEASE_TTL, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
 from dataplane.lease.store import Entry, Snapshot
 from tests.lease.fake_store import ManualClock, SimulatedClient, SimulatedStore, Write, settle
@@ -311,7 +313,11 @@ async def test_peers_are_followed_and_told_in_flannels_words(
         store.put("10.5.4.0-24", b"junk", DAY)
         store.remove("10.5.3.0-24")
         await settle()
-        assert node.said() == [("added", "10.5.3.0-24"), ("changed", "10.5.2.0-24"), ("removed", "10.5.3.0-24")]
+        assert node.said() == [("added", "10.5.3.0-24"), ("changed", "10.5.2.0-24")]
+        await store.clock.advance(LINGER - 0.1)
+        assert node.said() == []
+        await store.clock.advance(0.1)
+        assert node.said() == [("removed", "10.5.3.0-24")]
         assert set(node.keeper.peers) == {"10.5.2.0-24"}
         assert set(node.keeper.rejected) == {"10.5.4.0-24"}
         assert node.keeper.counters.events == 4
@@ -334,6 +340,45 @@ async def test_a_storm_of_events_or_of_junk_is_a_few_lines(
         assert len(node.peers) == 200
         assert len(node.keeper.rejected) == 201
     assert len(caplog.records) < 40
+
+
+async def test_each_peer_that_is_lost_is_kept_for_its_own_time(store: SimulatedStore) -> None:
+    node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
+    keys = [f"10.5.{number}.0-24" for number in (2, 3, 4)]
+    for number, key in enumerate(keys, 2):
+        store.put(key, value(f"192.0.2.{number}"), DAY)
+    async with living(store, node):
+        node.said()
+        store.remove(keys[0])
+        await store.clock.advance(1)
+        store.remove(keys[1])
+        store.remove(keys[2])
+        await store.clock.advance(1)
+        store.put(keys[0], value("192.0.2.2"), DAY)
+        store.put(keys[2], value("192.0.2.44"), DAY)
+        await settle()
+        assert node.said() == [("changed", keys[2])]
+        store.remove(keys[0])
+        await store.clock.advance(LINGER - 1.5)
+        assert node.said() == []
+        await store.clock.advance(0.5)
+        assert node.said() == [("removed", keys[1])]
+        await store.clock.advance(1)
+        assert node.said() == [("removed", keys[0])]
+
+
+async def test_a_lost_peer_goes_also_while_our_own_write_fails(store: SimulatedStore) -> None:
+    node = Node(store, 1)
+    store.put("10.5.200.0-24", value("192.0.2.2"), DAY)
+    async with living(store, node):
+        node.said()
+        await store.clock.advance(DAY - MARGIN - 1, store)
+        node.client.offline = True
+        await store.clock.advance(5)  # the renewal has failed, and is tried again in a minute
+        node.client.offline = False
+        store.remove("10.5.200.0-24")
+        await store.clock.advance(LINGER)
+        assert node.said() == [("removed", "10.5.200.0-24")]
 
 
 async def test_a_watch_that_breaks_resumes_and_misses_nothing(store: SimulatedStore) -> None:
@@ -410,7 +455,8 @@ async def test_after_a_compaction_a_snapshot_is_compared_by_content(store: Simul
         store.compact()
         node.client.offline = False
         await store.clock.advance(6)
-        assert node.said() == [("removed", "10.5.4.0-24"), ("changed", "10.5.3.0-24"), ("added", "10.5.5.0-24")]
+        said = [("changed", "10.5.3.0-24"), ("added", "10.5.5.0-24"), ("removed", "10.5.4.0-24")]
+        assert node.said() == said
         assert len(writes(store, "192.0.2.1")) == 1, "our own lease was never away"
 
 
@@ -634,6 +680,7 @@ async def test_a_lost_lease_is_put_back_within_a_second(
         assert node.keeper.counters.put_backs == 1
         assert node.owned[-1].create_revision == store.entries[node.key].create_revision
         assert set(peer.peers) == {node.key}
+        assert peer.said() == [], "the peer was never without it"
         await store.clock.advance(3 * DAY, store)
         assert node.keeper.counters.put_backs == 1
     assert "is gone from the simulated store" in caplog.text
@@ -854,8 +901,8 @@ async def test_peers_that_changed_meanwhile_are_corrected_and_a_wiped_store_take
                 store.put("10.5.2.0-24", value("192.0.2.22"), DAY)
                 store.remove("10.5.3.0-24")
             node.client.offline = False
-            await store.clock.advance(6, store)
-            gone = [("removed", "10.5.3.0-24"), ("changed", "10.5.2.0-24")]
+            await store.clock.advance(10, store)
+            gone = [("changed", "10.5.2.0-24"), ("removed", "10.5.3.0-24")]
             assert node.said() == ([] if wiped else gone)
             assert store.entries[held.key].value == value(node.ip)
         finally:
