@@ -201,6 +201,7 @@ def udp_source(arguments: argparse.Namespace) -> int:
                 stalls += [size] if not window.wait(size, sent[size]) else []
             if not arguments.until_eof or _stdin_closed():
                 break
+            time.sleep(arguments.pause)
         control.shutdown(socket.SHUT_WR)
         answer = window.verdict()
     arrived = {int(size): count for size, count in answer["sizes"].items()}
@@ -323,6 +324,7 @@ def main() -> int:
         if name == "udp-source":
             verb.add_argument("--sizes", type=parse_sizes, required=True, help="payload bytes, as in 1,2,100-120,1444")
             verb.add_argument("--count", type=int, default=1000, help="datagrams of each size")
+            verb.add_argument("--pause", type=float, default=0.0, help="seconds between two rounds")
     arguments = parser.parse_args()
     run = arguments.run
     return int(run(arguments))
