@@ -1,0 +1,166 @@
+"""Owns what the other nodes' leases mean for a backend: who can be reached where, and who cannot, with the reason.
+
+Free of: IO, and of how packets are carried. Invariant: of the leases that name one MAC the oldest is obeyed, in
+whatever order they came, since an FDB has one address for each MAC; whoever is not obeyed stands in `ignored`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from types import MappingProxyType
+
+import msgspec
+
+from dataplane.errors import LeaseInvalid
+from dataplane.lease.model import Lease, LeaseEvent, LeaseEventKind
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+# what Go's net.ParseMAC takes for six bytes
+_MAC = re.compile(
+    r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|(?:[0-9a-f]{2}-){5}[0-9a-f]{2}|(?:[0-9a-f]{4}\.){2}[0-9a-f]{4}",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node that can be reached: its subnet, its outer address, and the MAC of its vxlan device (else empty)."""
+
+    subnet: IPNetwork
+    address: IPAddress
+    mac: bytes = b""
+
+
+class Peers:
+    """The peers of one IP version: lease events in, changes of what can be reached out.
+
+    `mac_of` gives the MAC that a lease names (empty for backends without) and raises LeaseInvalid, with the reason,
+    for a lease that cannot be obeyed.
+    """
+
+    def __init__(self, version: int, mac_of: Callable[[Lease], bytes], *, outer: int = 0) -> None:
+        """`outer`: the IP version of the underlay, where it is not that of the subnets."""
+        self._version = version
+        self._outer = outer or version
+        self._mac_of = mac_of
+        self._leases: dict[IPNetwork, tuple[Lease, bytes]] = {}
+        self._claims: dict[bytes, set[IPNetwork]] = {}
+        self._obeyed: dict[IPNetwork, Peer] = {}
+        self._ignored: dict[IPNetwork, str] = {}
+
+    @property
+    def obeyed(self) -> Mapping[IPNetwork, Peer]:
+        """By subnet."""
+        return MappingProxyType(self._obeyed)
+
+    @property
+    def ignored(self) -> Mapping[IPNetwork, str]:
+        """Why a lease is not obeyed, by subnet."""
+        return MappingProxyType(self._ignored)
+
+    def follow(self, events: Iterable[LeaseEvent]) -> dict[IPNetwork, Peer | None]:
+        """What changed, by subnet: the peer as it is now, or None where nobody is reached any more."""
+        touched: set[IPNetwork] = set()
+        for event in events:
+            subnet = next((subnet for subnet in event.lease.key.subnets if subnet.version == self._version), None)
+            if subnet is not None:
+                touched |= {subnet} | self._forget(subnet)
+                if event.kind is not LeaseEventKind.REMOVED:
+                    touched |= self._admit(subnet, event.lease)
+        changed: dict[IPNetwork, Peer | None] = {}
+        for subnet in touched:
+            peer = self._judge(subnet)
+            if peer != self._obeyed.get(subnet):
+                changed[subnet] = peer
+                if peer is None:
+                    del self._obeyed[subnet]
+                else:
+                    self._obeyed[subnet] = peer
+        return changed
+
+    def _forget(self, subnet: IPNetwork) -> set[IPNetwork]:
+        """Those who may gain by it."""
+        self._ignored.pop(subnet, None)
+        _, mac = self._leases.pop(subnet, (None, b""))
+        claimants = self._claims.get(mac, set())
+        claimants.discard(subnet)
+        if not claimants:
+            self._claims.pop(mac, None)
+        return set(claimants)
+
+    def _admit(self, subnet: IPNetwork, lease: Lease) -> set[IPNetwork]:
+        """Those who may lose by it."""
+        try:
+            mac = self._mac_of(lease)
+            if _address(lease, self._outer) is None:
+                raise LeaseInvalid(f"it has a subnet {subnet} and no public IPv{self._outer} address")
+        except LeaseInvalid as error:
+            self._ignored[subnet] = str(error)
+            return set()
+        self._leases[subnet] = lease, mac
+        if not mac:
+            return set()
+        self._claims.setdefault(mac, set()).add(subnet)
+        return set(self._claims[mac])
+
+    def _judge(self, subnet: IPNetwork) -> Peer | None:
+        lease, mac = self._leases.get(subnet, (None, b""))
+        address = None if lease is None else _address(lease, self._outer)
+        if address is None:
+            return None
+        winner = min(self._claims.get(mac, {subnet}), key=self._age)
+        if winner != subnet:
+            self._ignored[subnet] = f"its VtepMAC {mac.hex(':')} is that of {winner}, which is the older lease"
+            return None
+        self._ignored.pop(subnet, None)
+        return Peer(subnet, address, mac)
+
+    def _age(self, subnet: IPNetwork) -> tuple[int, str]:
+        return self._leases[subnet][0].create_revision, str(subnet)
+
+
+def _address(lease: Lease, version: int) -> IPAddress | None:
+    """The outer address for that IP version; a node without IPv4 says 0.0.0.0."""
+    if version == 6:
+        return lease.attrs.public_ipv6
+    return lease.attrs.public_ip if int(lease.attrs.public_ip) else None
+
+
+def check_type(lease: Lease, *types: str) -> None:
+    """Raises LeaseInvalid where the lease's node carries by another backend than `types`, whose last is ours."""
+    kind = lease.attrs.backend_type
+    if kind not in types:
+        raise LeaseInvalid(f"its node uses backend {kind[:20] or 'udp or alloc'!r}, this one {types[-1]}")
+
+
+def encode_vtep(vni: int, mac: bytes) -> bytes:
+    """BackendData of a vxlan lease, as flannel writes it (facts 3.2)."""
+    return msgspec.json.encode({"VNI": vni, "VtepMAC": mac.hex(":")})
+
+
+def decode_vtep(data: bytes, vni: int, own_mac: bytes) -> bytes:
+    """The MAC that BackendData names. Raises LeaseInvalid where it cannot be obeyed, also for another VNI than ours;
+    flannel of old wrote none."""
+    try:
+        document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        fields = {name.casefold(): msgspec.json.decode(value) for name, value in document.items()}
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise LeaseInvalid("its BackendData is missing or no JSON object") from None
+    theirs, text = fields.get("vni"), fields.get("vtepmac")
+    if theirs is not None and theirs != vni:
+        raise LeaseInvalid(f"its VNI is {str(theirs)[:20]}, ours {vni}")
+    if not isinstance(text, str) or _MAC.fullmatch(text) is None:
+        raise LeaseInvalid("its BackendData has no VtepMAC, or one that is no MAC")
+    mac = bytes.fromhex(re.sub("[-:.]", "", text))
+    if not any(mac):
+        raise LeaseInvalid("its VtepMAC is all zero")
+    if mac[0] & 1:
+        raise LeaseInvalid(f"its VtepMAC {mac.hex(':')} is a group address")
+    if mac == own_mac:
+        raise LeaseInvalid(f"its VtepMAC {mac.hex(':')} is that of this node's own device")
+    return mac
