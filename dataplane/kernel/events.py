@@ -10,12 +10,24 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from enum import IntEnum
+from functools import partial
+from ipaddress import ip_interface
+from typing import Any
 
 from dataplane.errors import KernelError
 from dataplane.kernel import rtnetlink
-from dataplane.kernel.facts import KernelEvent, Overrun
+from dataplane.kernel.facts import (
+    Address,
+    AddressEvent,
+    KernelEvent,
+    LinkEvent,
+    NeighbourEvent,
+    Overrun,
+    RouteEvent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +38,18 @@ BATCH = 256
 EVENT_BYTES = 65_536
 
 _SO_RCVBUFFORCE = 33
+
+RTM_NEWLINK, RTM_DELLINK = 16, 17
+RTM_NEWADDR, RTM_DELADDR = 20, 21
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_CARRIER = 1, 3, 4, 33
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
+IFF_UP = 0x1
+IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
+
+_IFINFOMSG = struct.Struct("=BxHiII")
+_IFADDRMSG = struct.Struct("=BBBBI")
+_NDMSG = struct.Struct("=BxxxiHBB")
+_U32 = struct.Struct("=I")
 
 
 class Group(IntEnum):
@@ -94,7 +118,7 @@ class KernelEvents:
                 continue
             if sender[0] == 0:  # port 0 is the kernel; other processes could write to us too
                 for kind, _, _, body in rtnetlink.messages(data):
-                    event = rtnetlink.event_of(kind, body)
+                    event = event_of(kind, body)
                     if event is not None:
                         self._hand_on(event)
 
@@ -125,3 +149,66 @@ def _enlarge(receiver: socket.socket) -> None:
         receiver.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER_BYTES)
     except PermissionError:  # without CAP_NET_ADMIN the system's limit holds, and overruns come earlier
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+
+
+def event_of(kind: int, body: bytes) -> KernelEvent | None:
+    """The record of a multicast message; None for one that is about none of the four."""
+    read = _EVENTS.get(kind)
+    try:
+        return None if read is None else read(body)
+    except (struct.error, ValueError):  # a kernel that speaks otherwise than its own headers
+        return None
+
+
+def _link_event(body: bytes, *, gone: bool) -> LinkEvent | None:
+    family, _, index, flags, _ = _IFINFOMSG.unpack_from(body)
+    if family != 0:
+        return None  # a bridge tells of its ports in the same words: "gone" means that one has left it
+    found = rtnetlink.attributes(body, _IFINFOMSG.size)
+    return LinkEvent(
+        gone=gone,
+        index=index,
+        name=found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+        up=bool(flags & IFF_UP),
+        carrier=found.get(IFLA_CARRIER, b"\0") == b"\1",
+        mtu=_U32.unpack(found.get(IFLA_MTU, _U32.pack(0)))[0],
+        address=found.get(IFLA_ADDRESS, b"").hex(":"),
+    )
+
+
+def _address_event(body: bytes, *, gone: bool) -> AddressEvent:
+    _, length, flags, scope, index = _IFADDRMSG.unpack_from(body)
+    found = rtnetlink.attributes(body, _IFADDRMSG.size)
+    # of a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL there only
+    own = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS, b"")
+    flags = _U32.unpack(found.get(IFA_FLAGS, _U32.pack(flags)))[0]
+    address = Address(
+        index=index,
+        interface=ip_interface((own, length)),
+        scope=scope,
+        permanent=bool(flags & IFA_F_PERMANENT),
+        deprecated=bool(flags & IFA_F_DEPRECATED),
+        secondary=bool(flags & IFA_F_SECONDARY),
+    )
+    return AddressEvent(gone=gone, address=address)
+
+
+def _route_event(body: bytes, *, gone: bool) -> RouteEvent:
+    return RouteEvent(gone=gone, route=rtnetlink.route_of(body), body=body)
+
+
+def _neighbour_event(body: bytes, *, gone: bool) -> NeighbourEvent:
+    family, index, _, _, _ = _NDMSG.unpack_from(body)
+    return NeighbourEvent(gone=gone, index=index, fdb=family == rtnetlink.AF_BRIDGE, body=body)
+
+
+_EVENTS: Mapping[int, Callable[[bytes], Any]] = {
+    RTM_NEWLINK: partial(_link_event, gone=False),
+    RTM_DELLINK: partial(_link_event, gone=True),
+    RTM_NEWADDR: partial(_address_event, gone=False),
+    RTM_DELADDR: partial(_address_event, gone=True),
+    rtnetlink.RTM_NEWROUTE: partial(_route_event, gone=False),
+    rtnetlink.RTM_DELROUTE: partial(_route_event, gone=True),
+    rtnetlink.RTM_NEWNEIGH: partial(_neighbour_event, gone=False),
+    rtnetlink.RTM_DELNEIGH: partial(_neighbour_event, gone=True),
+}

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
-from collections.abc import Callable, Coroutine, Iterator
+import secrets
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import (
     IPv4Address,
@@ -22,19 +24,17 @@ from ipaddress import (
     IPv6Address,
     IPv6Interface,
     IPv6Network,
-    ip_address,
-    ip_interface,
     ip_network,
 )
 from pathlib import Path
-from socket import AF_INET, AF_INET6
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from dataplane.errors import KernelError
-from dataplane.kernel.facts import Address, Link, Route
+from dataplane.kernel.facts import Address, Link, Route, Vxlan
+from dataplane.kernel.pyroute import IFF_UP, address_of, family_of, link_of, route_of, translated
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,10 +42,7 @@ R = TypeVar("R")
 RT_TABLE_MAIN = 254
 RT_SCOPE_UNIVERSE = 0
 RTPROT_BOOT = 3
-IFF_UP = 0x1
-IFA_F_SECONDARY = 0x01
-IFA_F_DEPRECATED = 0x20
-IFA_F_PERMANENT = 0x80
+IFA_F_NODAD = 0x02
 NLM_F_DUMP_INTR = 0x10
 
 DUMP_ATTEMPTS = 10
@@ -81,7 +78,7 @@ class Netlink:
         # groups=0: nothing reads events. ext_ack: the kernel's own reason in place of strerror where it has one.
         connect = functools.partial(IPRoute, groups=0, ext_ack=True, strict_check=True)
         try:
-            with _translated("open rtnetlink"):
+            with translated("open rtnetlink"):
                 socket = await asyncio.get_running_loop().run_in_executor(worker, connect)
         except BaseException:
             worker.shutdown(wait=False)
@@ -97,8 +94,8 @@ class Netlink:
     @_in_worker
     def links(self) -> tuple[Link, ...]:
         """Every device, in order of index."""
-        with _translated("list devices"):
-            return tuple(map(_link, self._dump(self._socket.link)))
+        with translated("list devices"):
+            return tuple(map(link_of, self._dump(self._socket.link)))
 
     @_in_worker
     def link(self, name: str) -> Link | None:
@@ -108,24 +105,25 @@ class Netlink:
     @_in_worker
     def addresses(self) -> tuple[Address, ...]:
         """Every address of both families, in the kernel's order."""
-        with _translated("list addresses"):
-            return tuple(map(_address, self._dump(self._socket.addr)))
+        with translated("list addresses"):
+            return tuple(map(address_of, self._dump(self._socket.addr)))
 
     @_in_worker
-    def default_routes(self) -> tuple[Route, ...]:
-        """IPv4 default routes of the main table, the preferred (lowest metric) first."""
-        return self._routes(IPv4Network("0.0.0.0/0"))
+    def default_routes(self, version: int = 4) -> tuple[Route, ...]:
+        """Default routes of the main table for IP version 4 or 6, the preferred (lowest metric) first."""
+        everything: IPv4Network | IPv6Network = ip_network("0.0.0.0/0" if version == 4 else "::/0")
+        return self._routes(everything)
 
     @_in_worker
     def route_to(self, address: IPv4Address | IPv6Address) -> Route:
         """The route that a packet to `address` would take now."""
-        with _translated(f"find a route to {address}"):
-            return _route(self._socket.route("get", dst=str(address), family=_family(address.version))[0])
+        with translated(f"find a route to {address}"):
+            return route_of(self._socket.route("get", dst=str(address), family=family_of(address.version))[0])
 
     @_in_worker
     def ensure_link_up(self, name: str, *, mtu: int | None = None, txqueuelen: int | None = None) -> bool:
         """Set MTU (bytes) and transmit queue (packets) where given, then the device up; True if it was otherwise."""
-        with _translated(f"set device {name} up"):
+        with translated(f"set device {name} up"):
             message = self._socket.link("get", ifname=name)[0]
         wanted = {"mtu": mtu, "txqlen": txqueuelen}
         changes: dict[str, int | str] = {
@@ -134,28 +132,38 @@ class Netlink:
         if not message["flags"] & IFF_UP:
             changes["state"] = "up"
         for word, value in changes.items():
-            with _translated(f"set {word} {value} of device {name}"):
+            with translated(f"set {word} {value} of device {name}"):
                 self._socket.link("set", **{"index": message["index"], word: value})
         return bool(changes)
 
     @_in_worker
-    def ensure_address(self, name: str, address: IPv4Interface, *, sole_within: IPv4Network | None = None) -> bool:
+    def ensure_address(
+        self,
+        name: str,
+        address: IPv4Interface | IPv6Interface,
+        *,
+        sole_within: IPv4Network | IPv6Network | None = None,
+    ) -> bool:
         """Give the device that address; its other addresses inside `sole_within` go. True if something changed."""
         index = self._index(name, f"add address {address} to device {name}")
-        with _translated(f"list addresses of device {name}"):
-            present = [_address(m).interface for m in self._dump(self._socket.addr, family=AF_INET, index=index)]
+        with translated(f"list addresses of device {name}"):
+            messages = self._dump(self._socket.addr, family=family_of(address.version), index=index)
+            present = [address_of(message).interface for message in messages]
         stale = [a for a in present if sole_within is not None and a.ip in sole_within and a != address]
         # the stale ones first: when a primary address goes, the kernel takes the secondaries of its prefix along
         for other in stale:
             self._delete_address(name, index, other)
         missing = address not in present
         if missing:
-            with _translated(f"add address {address} to device {name}"):
-                self._socket.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+            # IPv6: nobody else can have an address of our lease, and a check would keep it from use for a second
+            flags = {} if address.version == 4 else {"flags": IFA_F_NODAD}
+            length = address.network.prefixlen
+            with translated(f"add address {address} to device {name}"):
+                self._socket.addr("add", index=index, address=str(address.ip), prefixlen=length, **flags)
         return missing or bool(stale)
 
     @_in_worker
-    def remove_address(self, name: str, address: IPv4Interface) -> bool:
+    def remove_address(self, name: str, address: IPv4Interface | IPv6Interface) -> bool:
         """Take the address from the device; False where device or address is absent already."""
         link = self._find(name)
         return link is not None and self._delete_address(name, link.index, address)
@@ -175,7 +183,7 @@ class Netlink:
         if present:
             return False
         # universe scope and protocol boot, as flannel's udp backend sets it (facts 6.2)
-        with _translated(operation):
+        with translated(operation):
             self._socket.route(
                 "add", dst=str(destination), oif=index, scope=RT_SCOPE_UNIVERSE, proto=RTPROT_BOOT, table=RT_TABLE_MAIN
             )
@@ -187,9 +195,75 @@ class Netlink:
         link = self._find(name)
         if link is None or not any(route.device_index == link.index for route in self._routes(destination)):
             return False
-        with _translated(f"remove route {destination} dev {name}"):
+        with translated(f"remove route {destination} dev {name}"):
             self._socket.route("del", dst=str(destination), oif=link.index, table=RT_TABLE_MAIN)
         return True
+
+    @_in_worker
+    def has_vxlan(self) -> bool:
+        """Whether this kernel can make vxlan devices; its module is loaded on the way, and no device is made."""
+        try:
+            with translated("ask for a vxlan device"):
+                self._socket.link("add", ifname="vxlan-question", kind="vxlan")
+        except KernelError as error:
+            if isinstance(error.__cause__, NetlinkError):
+                # the driver misses the VNI; without a driver the kernel does not know the kind
+                return bool(error.__cause__.code == errno.EINVAL)
+            raise
+        raise KernelError("the kernel made a vxlan device without a VNI, named vxlan-question: remove it")
+
+    @_in_worker
+    def ensure_vxlan(self, name: str, vxlan: Vxlan, *, mac: str, mtu: int) -> Link:
+        """The device as it then is: with that MAC (empty: what it has, or a random one if it is new) and MTU.
+
+        One that is there is changed in place, with its entries and without a gap, as far as the kernel can do that:
+        underlay device and address, learning, MAC, MTU. It is made anew for another VNI, port, GBP, group or outer
+        family. Raises KernelError where the name belongs to a device of another kind.
+        """
+        present = self._find(name)
+        if present is not None and present.vxlan is None:
+            kind = present.kind or "hardware"
+            raise KernelError(f"cannot make vxlan device {name}: a {kind} device has that name; remove or rename it")
+        if present is None or not _alike(present.vxlan, vxlan):
+            mac = mac or (present.address if present else _random_mac())
+            self._make_vxlan(name, vxlan, mac, mtu, present)
+        elif present.vxlan != vxlan:
+            changes = {**_local(vxlan), "vxlan_link": vxlan.lower, "vxlan_learning": int(vxlan.learning)}
+            with translated(f"change the underlay of vxlan device {name}"):
+                self._socket.link("set", index=present.index, kind="vxlan", **changes)
+        made = self._find(name)
+        if made is None:
+            raise KernelError(f"cannot make vxlan device {name}: somebody removed it at once")
+        for word, wanted, now in (("address", mac or made.address, made.address), ("mtu", mtu, made.mtu)):
+            if wanted != now:
+                with translated(f"set {word} {wanted} of device {name}"):
+                    self._socket.link("set", **{"index": made.index, word: wanted})
+        return dataclasses.replace(made, address=mac or made.address, mtu=mtu)
+
+    def _make_vxlan(self, name: str, vxlan: Vxlan, mac: str, mtu: int, present: Link | None) -> None:
+        if present is not None:
+            with translated(f"remove device {name}, which is a vxlan device of another kind than {vxlan}"):
+                self._socket.link("del", index=present.index)
+        properties = {
+            **_local(vxlan),
+            "vxlan_id": vxlan.vni,
+            "vxlan_link": vxlan.lower,
+            "vxlan_port": vxlan.port,
+            "vxlan_learning": int(vxlan.learning),
+        }
+        if vxlan.gbp:
+            properties["vxlan_gbp"] = True
+        try:
+            with translated(f"make vxlan device {name}"):
+                self._socket.link("add", ifname=name, kind="vxlan", address=mac, mtu=mtu, **properties)
+        except KernelError as error:
+            with translated("list devices"):
+                others = [link_of(message) for message in self._dump(self._socket.link)]
+            taken = [o.name for o in others if o.vxlan and (o.vxlan.vni, o.vxlan.port) == (vxlan.vni, vxlan.port)]
+            if not taken:
+                raise
+            what = f"device {taken[0]} has VNI {vxlan.vni} on port {vxlan.port} already"
+            raise KernelError(f"cannot make vxlan device {name}: {what}; remove it, or use another VNI") from error
 
     @_in_worker
     def remove_link(self, name: str) -> bool:
@@ -197,14 +271,14 @@ class Netlink:
         link = self._find(name)
         if link is None:
             return False
-        with _translated(f"remove device {name}"):
+        with translated(f"remove device {name}"):
             self._socket.link("del", index=link.index)
         return True
 
     def _find(self, name: str) -> Link | None:
         try:
-            with _translated(f"look up device {name}"):
-                return _link(self._socket.link("get", ifname=name)[0])
+            with translated(f"look up device {name}"):
+                return link_of(self._socket.link("get", ifname=name)[0])
         except KernelError as error:
             if isinstance(error.__cause__, NetlinkError) and error.__cause__.code == errno.ENODEV:
                 return None
@@ -218,7 +292,7 @@ class Netlink:
 
     def _delete_address(self, name: str, index: int, address: IPv4Interface | IPv6Interface) -> bool:
         length = address.network.prefixlen
-        with _translated(f"remove address {address} from device {name}"):
+        with translated(f"remove address {address} from device {name}"):
             try:
                 self._socket.addr("del", index=index, address=str(address.ip), prefixlen=length)
             except NetlinkError as error:
@@ -227,17 +301,17 @@ class Netlink:
                 raise
         return True
 
-    def _routes(self, destination: IPv4Network) -> tuple[Route, ...]:
-        with _translated(f"list routes to {destination}"):
-            messages = self._dump(self._socket.route, family=AF_INET, table=RT_TABLE_MAIN)
-        routes = (_route(m) for m in messages if m["dst_len"] == destination.prefixlen)
+    def _routes(self, destination: IPv4Network | IPv6Network) -> tuple[Route, ...]:
+        with translated(f"list routes to {destination}"):
+            messages = self._dump(self._socket.route, family=family_of(destination.version), table=RT_TABLE_MAIN)
+        routes = (route_of(m) for m in messages if m["dst_len"] == destination.prefixlen)
         return tuple(sorted((r for r in routes if r.destination == destination), key=lambda r: r.metric))
 
     def _holder(self, route: Route) -> str:
         if route.device_index == 0:
             return "a route without a device (such as a blackhole)"
-        with _translated(f"look up device number {route.device_index}"):
-            return f"device {_link(self._socket.link('get', index=route.device_index)[0]).name}"
+        with translated(f"look up device number {route.device_index}"):
+            return f"device {link_of(self._socket.link('get', index=route.device_index)[0]).name}"
 
     def _dump(self, request: Callable[..., Any], **selection: Any) -> list[Any]:
         # the kernel marks a dump that others changed under its hands: it may lack entries or have them twice
@@ -248,83 +322,53 @@ class Netlink:
         raise KernelError(f"the kernel's tables changed during each of {DUMP_ATTEMPTS} attempts to list them")
 
 
+def _alike(present: Vxlan | None, wanted: Vxlan) -> bool:
+    """Whether the one can be made into the other in place (vxlan_changelink)."""
+    if present is None or present.local is None or wanted.local is None:
+        return present == wanted
+    same = dataclasses.replace(present, lower=wanted.lower, local=wanted.local, learning=wanted.learning) == wanted
+    return same and present.local.version == wanted.local.version
+
+
+def _local(vxlan: Vxlan) -> dict[str, str | int]:
+    if vxlan.local is None:
+        return {}
+    return {"vxlan_local" if vxlan.local.version == 4 else "vxlan_local6": str(vxlan.local)}
+
+
+def _random_mac() -> str:
+    """Unicast and locally administered. Given at creation, so that udev leaves it alone (MACAddressPolicy)."""
+    first, *others = secrets.token_bytes(6)
+    return bytes((first & 0xFC | 0x02, *others)).hex(":")
+
+
+def refuse_router_advertisements(name: str) -> bool:
+    """Keep others in the overlay from telling this node its routes (CVE-2020-10749); call it before the device is up.
+
+    Returns and raises as `quiet_ipv6`.
+    """
+    return _set_ipv6(name, {"accept_ra": "0"})
+
+
 def quiet_ipv6(name: str) -> bool:
     """Keep the kernel from sending IPv6 of its own through the device; call it before the device is up.
 
     Returns whether it is quiet now: True also where the kernel has no IPv6, False where /proc/sys is read-only (an
     unprivileged container). Raises KernelError where there is no such device.
     """
+    return _set_ipv6(name, {"accept_ra": "0", "disable_ipv6": "1"})
+
+
+def _set_ipv6(name: str, settings: Mapping[str, str]) -> bool:
     if not Path("/proc/sys/net/ipv6").exists():
         return True
-    settings = Path("/proc/sys/net/ipv6/conf", name)
-    for setting, value in (("accept_ra", "0"), ("disable_ipv6", "1")):
+    directory = Path("/proc/sys/net/ipv6/conf", name)
+    for setting, value in settings.items():
         try:
-            if (settings / setting).read_text().strip() != value:
-                (settings / setting).write_text(value)
+            if (directory / setting).read_text().strip() != value:
+                (directory / setting).write_text(value)
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 return False
             raise KernelError(f"cannot set {setting} of device {name}: {error.strerror}") from error
     return True
-
-
-@contextlib.contextmanager
-def _translated(operation: str) -> Iterator[None]:
-    try:
-        yield
-    except (NetlinkError, OSError) as error:
-        code = error.code if isinstance(error, NetlinkError) else error.errno
-        reason = error.args[-1] if error.args else error
-        if code == errno.EPERM:
-            reason = f"{reason}; run as root or with CAP_NET_ADMIN"
-        raise KernelError(f"cannot {operation}: {reason}") from error
-
-
-def _family(version: int) -> int:
-    return int(AF_INET if version == 4 else AF_INET6)
-
-
-def _link(message: Any) -> Link:
-    info = message.get("linkinfo")
-    kind = (info.get("kind") if info else None) or ""
-    data = info.get("data") if kind == "vxlan" else None
-    return Link(
-        index=message["index"],
-        name=message.get("ifname"),
-        kind=kind,
-        mtu=message.get("mtu") or 0,
-        up=bool(message["flags"] & IFF_UP),
-        carrier=bool(message.get("carrier")),
-        address=message.get("address") or "",
-        udp_port=(data.get("vxlan_port") or 0) if data else 0,
-    )
-
-
-def _address(message: Any) -> Address:
-    # of a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL there only
-    own = message.get("local") or message.get("address")
-    flags = message.get("flags") or 0
-    return Address(
-        index=message["index"],
-        interface=ip_interface(f"{own}/{message['prefixlen']}"),
-        scope=message["scope"],
-        permanent=bool(flags & IFA_F_PERMANENT),
-        deprecated=bool(flags & IFA_F_DEPRECATED),
-        secondary=bool(flags & IFA_F_SECONDARY),
-    )
-
-
-def _route(message: Any) -> Route:
-    hops = message.get("multipath") or [message]
-    gateway, source = hops[0].get("gateway"), message.get("prefsrc")
-    nowhere = "0.0.0.0" if message["family"] == AF_INET else "::"
-    destination: IPv4Network | IPv6Network = ip_network(f"{message.get('dst') or nowhere}/{message['dst_len']}")
-    return Route(
-        destination=destination,
-        gateway=ip_address(gateway) if gateway else None,
-        device_index=hops[0].get("oif") or 0,
-        source=ip_address(source) if source else None,
-        table=message.get("table") or 0,
-        metric=message.get("priority") or 0,
-        scope=message["scope"],
-    )

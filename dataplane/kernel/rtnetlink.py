@@ -1,4 +1,4 @@
-"""Owns rtnetlink's bytes: the entries that we program, how the kernel shows them, and its events as records.
+"""Owns rtnetlink's bytes: the entries that we program, and how the kernel shows them.
 
 Free of: sockets. Invariant: an entry's body is at once what the kernel is asked for and, byte for byte, the beginning
 of how its dump shows that entry (attributes stand in the order of net/core/neighbour.c, drivers/net/vxlan/vxlan_core.c,
@@ -9,34 +9,22 @@ shown otherwise is parsed and packed anew (`entry_of`): speed depends on the ord
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache
 from ipaddress import (
     IPv4Address,
     IPv4Network,
     IPv6Address,
     IPv6Network,
     ip_address,
-    ip_interface,
     ip_network,
 )
-from typing import Any
 
-from dataplane.kernel.facts import (
-    Address,
-    AddressEvent,
-    KernelEvent,
-    LinkEvent,
-    NeighbourEvent,
-    Route,
-    RouteEvent,
-)
+from dataplane.kernel.facts import Route
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-RTM_NEWLINK, RTM_DELLINK = 16, 17
-RTM_NEWADDR, RTM_DELADDR = 20, 21
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 
@@ -49,29 +37,23 @@ AF_INET, AF_BRIDGE, AF_INET6 = 2, 7, 10
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_PERMANENT = 0x80
 NTF_SELF = 0x02
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 6, 7, 9, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 1, 4, 5, 6, 7, 9, 15, 18
 RT_TABLE_MAIN = 254
 RTPROT_BOOT = 3
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
-RTN_UNICAST, RTN_BLACKHOLE = 1, 6
+RT_SCOPE_UNIVERSE = 0
+RTN_UNICAST = 1
 RTNH_F_ONLINK = 0x4
 IP6_METRIC = 1024
 """What the kernel gives an IPv6 route for which none was asked (IP6_RT_PRIO_USER)."""
 
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_CARRIER = 1, 3, 4, 33
-IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-IFF_UP = 0x1
-IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
-
 HEADER = struct.Struct("=IHHII")
 """nlmsghdr: length, type, flags, sequence, port."""
-_LENGTH_TYPE = struct.Struct("=IH")
+_HEAD = struct.Struct("=IHHI")
 _NDMSG = struct.Struct("=BxxxiHBB")
 _RTMSG = struct.Struct("=BBBBBBBBI")
-_IFINFOMSG = struct.Struct("=BxHiII")
-_IFADDRMSG = struct.Struct("=BBBBI")
 _ATTRIBUTE = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
+_S32 = struct.Struct("=i")
 _NLA_TYPE_MASK = 0x3FFF
 
 IPAddress = IPv4Address | IPv6Address
@@ -91,12 +73,29 @@ class Table(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of a table. Of two with one `key` the kernel keeps one: setting the second replaces the first."""
+class Scope:
+    """One table of one device in one family; 0 stands for every device (routes only). The FDB has one family."""
 
     table: Table
+    family: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a table. Of two with one `key` the kernel keeps one: putting the second replaces the first."""
+
+    scope: Scope
     key: bytes
     body: bytes
+
+
+_scope = lru_cache(maxsize=64)(Scope)
+
+
+def routes_of(version: int, index: int) -> Scope:
+    """The main table's routes of IP version 4 or 6 through one device, or through any (0)."""
+    return _scope(Table.ROUTE, AF_INET if version == 4 else AF_INET6, index)
 
 
 def neighbour(index: int, address: IPAddress, mac: bytes) -> Entry:
@@ -111,14 +110,14 @@ def neighbour(index: int, address: IPAddress, mac: bytes) -> Entry:
             _ATTRIBUTE.pack(4 + len(mac), NDA_LLADDR) + mac,
         )
     )
-    return Entry(Table.NEIGHBOUR, b"N" + _U32.pack(index) + packed, body)
+    return Entry(_scope(Table.NEIGHBOUR, family, index), _neighbour_key(index, packed), body)
 
 
 def fdb(index: int, mac: bytes, address: IPAddress) -> Entry:
     """Frames for that MAC go out of the vxlan device `index` to the outer address."""
     head = _NDMSG.pack(AF_BRIDGE, index, NUD_PERMANENT, NTF_SELF, RTN_UNICAST)
     body = head + _attribute(NDA_LLADDR, mac) + _attribute(NDA_DST, address.packed)
-    return Entry(Table.FDB, b"F" + _U32.pack(index) + mac, body)
+    return Entry(_scope(Table.FDB, AF_BRIDGE, index), _fdb_key(index, mac), body)
 
 
 def route(destination: IPNetwork, index: int, gateway: IPAddress, *, onlink: bool) -> Entry:
@@ -133,15 +132,6 @@ def route(destination: IPNetwork, index: int, gateway: IPAddress, *, onlink: boo
     )
 
 
-def blackhole(destination: IPNetwork) -> Entry:
-    """Packets for it end here. In IPv6 the kernel shows it on its loopback device."""
-    family = AF_INET if destination.version == 4 else AF_INET6
-    packed = destination.network_address.packed
-    head = _RTMSG.pack(family, destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_BLACKHOLE, 0)
-    body = head + _attribute(RTA_TABLE, _U32.pack(RT_TABLE_MAIN)) + _attribute(RTA_DST, packed)
-    return Entry(Table.ROUTE, _route_key(family, destination.prefixlen, packed), body)
-
-
 def _route(family: int, length: int, packed: bytes, index: int, gateway: bytes, onlink: bool) -> Entry:
     flags = RTNH_F_ONLINK if onlink else 0
     parts = [
@@ -152,7 +142,15 @@ def _route(family: int, length: int, packed: bytes, index: int, gateway: bytes, 
         _attribute(RTA_GATEWAY, gateway),
         _attribute(RTA_OIF, _U32.pack(index)),
     ]
-    return Entry(Table.ROUTE, _route_key(family, length, packed), b"".join(parts))
+    return Entry(_scope(Table.ROUTE, family, index), _route_key(family, length, packed), b"".join(parts))
+
+
+def _neighbour_key(index: int, packed: bytes) -> bytes:
+    return b"N" + _U32.pack(index) + packed
+
+
+def _fdb_key(index: int, mac: bytes) -> bytes:
+    return b"F" + _U32.pack(index) + mac
 
 
 def _route_key(family: int, length: int, packed: bytes) -> bytes:
@@ -168,24 +166,25 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 def set_message(entry: Entry, sequence: int) -> bytes:
     """Ask for the entry, in place of one with the same key. Only a refusal is answered."""
-    return _message(entry.table.message, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, sequence, entry.body)
+    return _message(entry.scope.table.message, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, sequence, entry.body)
 
 
 def delete_message(entry: Entry, sequence: int) -> bytes:
     """Take away exactly this entry. Only a refusal is answered."""
-    return _message(entry.table.message + 1, NLM_F_REQUEST, sequence, entry.body)
+    return _message(entry.scope.table.message + 1, NLM_F_REQUEST, sequence, entry.body)
 
 
-def dump_message(table: Table, family: int, index: int, sequence: int) -> bytes:
-    """Ask for the entries of one device; of routes, those of the main table. Needs strict checking."""
-    if table is Table.ROUTE:
-        body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-        body += _attribute(RTA_TABLE, _U32.pack(RT_TABLE_MAIN)) + _attribute(RTA_OIF, _U32.pack(index))
-    elif table is Table.FDB:
-        body = _NDMSG.pack(AF_BRIDGE, index, 0, 0, 0)
+def dump_message(scope: Scope, sequence: int) -> bytes:
+    """Ask for the entries of a scope; of routes, those of the main table. Needs strict checking."""
+    if scope.table is Table.ROUTE:
+        body = _RTMSG.pack(scope.family, 0, 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_TABLE, _U32.pack(RT_TABLE_MAIN))
+        if scope.index:
+            body += _attribute(RTA_OIF, _U32.pack(scope.index))
+    elif scope.table is Table.FDB:
+        body = _NDMSG.pack(AF_BRIDGE, scope.index, 0, 0, 0)
     else:
-        body = _NDMSG.pack(family, 0, 0, 0, 0) + _attribute(NDA_IFINDEX, _U32.pack(index))
-    return _message(table.message + 2, NLM_F_REQUEST | NLM_F_DUMP, sequence, body)
+        body = _NDMSG.pack(scope.family, 0, 0, 0, 0) + _attribute(NDA_IFINDEX, _U32.pack(scope.index))
+    return _message(scope.table.message + 2, NLM_F_REQUEST | NLM_F_DUMP, sequence, body)
 
 
 def lookup_message(address: IPAddress, sequence: int) -> bytes:
@@ -222,7 +221,7 @@ def messages(buffer: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 def refusal(body: bytes, flags: int) -> tuple[int, str]:
     """The errno of an NLMSG_ERROR (0: it is an acknowledgement), and the kernel's own words where it has some."""
-    code = -int(struct.unpack_from("=i", body)[0])
+    code = -int(_S32.unpack_from(body)[0])
     if not flags & NLM_F_ACK_TLVS:
         return code, ""
     quoted = HEADER.size if flags & NLM_F_CAPPED else int(_U32.unpack_from(body, 4)[0])
@@ -230,25 +229,42 @@ def refusal(body: bytes, flags: int) -> tuple[int, str]:
     return code, words.rstrip(b"\0").decode(errors="replace")
 
 
-def scan(buffer: bytes, table: Table, known: Mapping[bytes, Entry], width: int) -> tuple[list[Entry], list[bytes]]:
-    """Take one buffer of a dump apart: entries of `known` (by body, of `width` bytes), and other messages' bodies."""
-    seen: list[Entry] = []
-    others: list[bytes] = []
-    at, end, wanted, unpack = 0, len(buffer), table.message, _LENGTH_TYPE.unpack_from
-    start = HEADER.size
-    find, hit = known.get, seen.append
-    while at + start <= end:
-        length, kind = unpack(buffer, at)
-        if length < start:
-            break
-        if kind == wanted:
-            entry = find(buffer[at + start : at + start + width])
-            if entry is None:
-                others.append(buffer[at + start : at + length])
-            else:
-                hit(entry)
-        at += (length + 3) & ~3
-    return seen, others
+class Scan:
+    """The answer to a dump, buffer by buffer: which entries of `known` (by body, of `width` bytes) stand there, and
+    the bodies of all other messages. `end`: errno once it is over, 0 for success."""
+
+    def __init__(self, table: Table, known: Mapping[bytes, Entry], width: int, sequence: int) -> None:
+        self._kind = table.message
+        self._known = known
+        self._width = width
+        self._sequence = sequence
+        self.present: list[Entry] = []
+        self.others: list[bytes] = []
+        self.flags = 0
+        self.end: int | None = None
+
+    def take(self, buffer: bytes) -> None:
+        """Look through what one `recv` gave; what answers another request is passed over."""
+        at, last, start, width = 0, len(buffer) - HEADER.size, HEADER.size, self._width
+        unpack, find, present = _HEAD.unpack_from, self._known.get, self.present.append
+        wanted, ours, all_flags = self._kind, self._sequence, 0
+        while at <= last:
+            length, kind, flags, sequence = unpack(buffer, at)
+            if length < start:
+                break
+            body = at + start
+            if sequence == ours:
+                all_flags |= flags
+                if kind == wanted:
+                    entry = find(buffer[body : body + width])
+                    if entry is None:
+                        self.others.append(buffer[body : at + length])
+                    else:
+                        present(entry)
+                elif kind in (NLMSG_DONE, NLMSG_ERROR):
+                    self.end = -int(_S32.unpack_from(buffer, body)[0])
+            at += (length + 3) & ~3
+        self.flags |= all_flags
 
 
 def attributes(body: bytes, at: int) -> dict[int, bytes]:
@@ -296,60 +312,21 @@ def _route_entry(body: bytes) -> Entry | None:
     return _route(family, length, destination, _U32.unpack(index)[0], gateway, bool(flags & RTNH_F_ONLINK))
 
 
-def route_key_of(body: bytes) -> bytes | None:
-    """The key that a shown route takes up; None where it leaves room for one of ours: another table or metric."""
-    family, length, _, tos, *_ = _RTMSG.unpack_from(body)
-    found = attributes(body, _RTMSG.size)
-    usual = IP6_METRIC if family == AF_INET6 else 0
-    metric = _U32.unpack(found.get(RTA_PRIORITY, _U32.pack(0)))[0]
-    if tos or metric != usual or found.get(RTA_TABLE) != _U32.pack(RT_TABLE_MAIN) or RTA_DST not in found:
-        return None
-    return _route_key(family, length, found[RTA_DST])
-
-
-# --- events ---------------------------------------------------------------------------------------------------
-
-
-def event_of(kind: int, body: bytes) -> KernelEvent | None:
-    """The record of a multicast message; None for one that is about none of the four."""
-    read = _EVENTS.get(kind)
-    try:
-        return None if read is None else read(body)
-    except (struct.error, ValueError):  # a kernel that speaks otherwise than its own headers
-        return None
-
-
-def _link_event(body: bytes, *, gone: bool) -> LinkEvent | None:
-    family, _, index, flags, _ = _IFINFOMSG.unpack_from(body)
-    if family != 0:
-        return None  # a bridge tells of its ports in the same words: "gone" means that one has left it
-    found = attributes(body, _IFINFOMSG.size)
-    return LinkEvent(
-        gone=gone,
-        index=index,
-        name=found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
-        up=bool(flags & IFF_UP),
-        carrier=found.get(IFLA_CARRIER, b"\0") == b"\1",
-        mtu=_U32.unpack(found.get(IFLA_MTU, _U32.pack(0)))[0],
-        address=found.get(IFLA_ADDRESS, b"").hex(":"),
-    )
-
-
-def _address_event(body: bytes, *, gone: bool) -> AddressEvent:
-    _, length, flags, scope, index = _IFADDRMSG.unpack_from(body)
-    found = attributes(body, _IFADDRMSG.size)
-    # of a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL there only
-    own = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS, b"")
-    flags = _U32.unpack(found.get(IFA_FLAGS, _U32.pack(flags)))[0]
-    address = Address(
-        index=index,
-        interface=ip_interface((own, length)),
-        scope=scope,
-        permanent=bool(flags & IFA_F_PERMANENT),
-        deprecated=bool(flags & IFA_F_DEPRECATED),
-        secondary=bool(flags & IFA_F_SECONDARY),
-    )
-    return AddressEvent(gone=gone, address=address)
+def key_of(table: Table, body: bytes) -> bytes | None:
+    """The key that a shown entry, in whatever state, takes up; None where it is in the way of none of ours."""
+    if table is Table.ROUTE:
+        family, length, _, tos, *_ = _RTMSG.unpack_from(body)
+        found = attributes(body, _RTMSG.size)
+        usual = IP6_METRIC if family == AF_INET6 else 0
+        metric = _U32.unpack(found.get(RTA_PRIORITY, _U32.pack(0)))[0]
+        if tos or metric != usual or found.get(RTA_TABLE) != _U32.pack(RT_TABLE_MAIN) or RTA_DST not in found:
+            return None
+        return _route_key(family, length, found[RTA_DST])
+    _, index, _, _, _ = _NDMSG.unpack_from(body)
+    found = attributes(body, _NDMSG.size)
+    if table is Table.FDB:
+        return _fdb_key(index, found.get(NDA_LLADDR, b""))
+    return _neighbour_key(index, found.get(NDA_DST, b""))
 
 
 def route_of(body: bytes) -> Route:
@@ -374,22 +351,28 @@ def route_of(body: bytes) -> Route:
     )
 
 
-def _route_event(body: bytes, *, gone: bool) -> RouteEvent:
-    return RouteEvent(gone=gone, route=route_of(body), body=body)
+def destination_of(entry: Entry) -> IPNetwork:
+    """Of the entry of a route."""
+    destination: IPNetwork = ip_network((entry.key[3:], entry.key[2]))
+    return destination
 
 
-def _neighbour_event(body: bytes, *, gone: bool) -> NeighbourEvent:
-    family, index, _, _, _ = _NDMSG.unpack_from(body)
-    return NeighbourEvent(gone=gone, index=index, fdb=family == AF_BRIDGE, body=body)
+def describe(entry: Entry) -> str:
+    """An entry in iproute2's words, as far as an operator needs them."""
+    body, index = entry.body, entry.scope.index
+    if entry.scope.table is Table.ROUTE:
+        shown = route_of(body)
+        return f"route {shown.destination} via {shown.gateway} on device number {index}"
+    found = attributes(body, _NDMSG.size)
+    mac, address = found[NDA_LLADDR].hex(":"), ip_address(found[NDA_DST])
+    if entry.scope.table is Table.FDB:
+        return f"FDB entry {mac} to {address} on device number {index}"
+    return f"neighbour {address} at {mac} on device number {index}"
 
 
-_EVENTS: Mapping[int, Callable[[bytes], Any]] = {
-    RTM_NEWLINK: partial(_link_event, gone=False),
-    RTM_DELLINK: partial(_link_event, gone=True),
-    RTM_NEWADDR: partial(_address_event, gone=False),
-    RTM_DELADDR: partial(_address_event, gone=True),
-    RTM_NEWROUTE: partial(_route_event, gone=False),
-    RTM_DELROUTE: partial(_route_event, gone=True),
-    RTM_NEWNEIGH: partial(_neighbour_event, gone=False),
-    RTM_DELNEIGH: partial(_neighbour_event, gone=True),
-}
+def neighbouring_device(body: bytes) -> int:
+    """The device of a route that was looked up and goes straight to its destination; 0 where it does not."""
+    found = attributes(body, _RTMSG.size)
+    if _RTMSG.unpack_from(body)[7] != RTN_UNICAST or not found.keys().isdisjoint((RTA_GATEWAY, RTA_VIA)):
+        return 0
+    return int(_U32.unpack(found.get(RTA_OIF, _U32.pack(0)))[0])

@@ -153,10 +153,10 @@ def test_whatever_the_order_the_oldest_lease_has_a_mac(
                 del told[subnet]
             else:
                 told[subnet] = peer
-    wanted = {}
+    wanted: dict[object, Peer] = {}
     for one in sorted(leases.values(), key=lambda one: (one.create_revision, str(one.key.subnet))):
-        mac = mac_of(one)
-        if mac not in {peer.mac for peer in wanted.values()}:
-            wanted[one.key.subnet] = Peer(one.key.subnet, one.attrs.public_ip, mac)
+        named = mac_of(one)
+        if named not in {peer.mac for peer in wanted.values()}:
+            wanted[one.key.subnet] = Peer(one.key.subnet, one.attrs.public_ip, named)
     assert told == wanted == peers.obeyed
     assert peers.ignored.keys() == {one.key.subnet for one in leases.values()} - wanted.keys()

@@ -154,7 +154,7 @@ def test_neighbours_and_the_fdb_in_the_bytes_of_our_entries(ns: Namespace) -> No
             await heard.wait_for(
                 lambda e, entry=entry: isinstance(e, NeighbourEvent)  # type: ignore[misc]  # as above
                 and not e.gone
-                and rtnetlink.entry_of(entry.table, e.body) == entry
+                and rtnetlink.entry_of(entry.scope.table, e.body) == entry
             )
         await heard.wait_for(lambda e: isinstance(e, NeighbourEvent) and e.gone and not e.fdb and e.index == index)
 
@@ -209,7 +209,7 @@ def test_what_another_process_sends_is_not_believed(ns: Namespace) -> None:
         forger = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         try:
             body = b"\0" * 16
-            message = rtnetlink.HEADER.pack(32, rtnetlink.RTM_DELLINK, 0, 0, 0) + body
+            message = rtnetlink.HEADER.pack(32, events_module.RTM_DELLINK, 0, 0, 0) + body
             forger.sendto(message, (listener._socket.getsockname()[0], 0))
             await ip(ns, "link set v0 mtu 1300")
             await heard.wait_for(lambda e: isinstance(e, LinkEvent) and e.mtu == 1300)
@@ -224,5 +224,5 @@ def test_what_another_process_sends_is_not_believed(ns: Namespace) -> None:
 @pytest.mark.parametrize("kind", [16, 20, 24, 28, 17, 99])
 @pytest.mark.parametrize("length", range(24))
 def test_a_cut_message_is_no_event_and_no_error(kind: int, length: int) -> None:
-    event = rtnetlink.event_of(kind, b"\2" * length)
+    event = events_module.event_of(kind, b"\2" * length)
     assert event is None or isinstance(event, KernelEvent)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Iterator
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any, TypeVar
 
 import pytest
 import uvloop
 
 from dataplane.errors import KernelError
-from dataplane.kernel.netlink import Netlink, quiet_ipv6
+from dataplane.kernel.facts import Vxlan
+from dataplane.kernel.netlink import Netlink, quiet_ipv6, refuse_router_advertisements
 from tests.namespaces import Namespace, open_namespace
 
 pytestmark = pytest.mark.netns
@@ -244,6 +246,107 @@ def test_calls_of_many_tasks_do_not_disturb_each_other(ns: Namespace) -> None:
 
     found = ask(ns, work)
     assert [getattr(link, "name", None) for link in found] == ["v0", "v1", None, "lo"] * 25
+
+
+def test_the_kernel_is_asked_whether_it_has_vxlan(ns: Namespace) -> None:
+    before = shown(ns, "link")
+    assert ask(ns, lambda n: n.has_vxlan())
+    assert shown(ns, "link") == before
+
+
+def vxlan_over(ns: Namespace, **changes: Any) -> Vxlan:
+    lower = shown(ns, "link", "show", "v0")[0]["ifindex"]
+    return dataclasses.replace(Vxlan(1, lower, IPv4Address("198.18.0.1"), 8472), **changes)
+
+
+def test_a_vxlan_device_is_flannels(ns: Namespace) -> None:
+    wanted = vxlan_over(ns)
+    made = ask(ns, lambda n: n.ensure_vxlan("flannel.1", wanted, mac="", mtu=1400))
+    assert (made.vxlan, made.mtu, made.udp_port) == (wanted, 1400, 8472)
+    (link,) = shown(ns, "link", "show", "flannel.1")
+    assert (link["mtu"], link["address"]) == (1400, made.address)
+    assert int(made.address[:2], 16) & 3 == 2, "unicast, and locally administered"
+    data = link["linkinfo"]["info_data"]
+    assert (data["id"], data["local"], data["link"], data["port"]) == (1, "198.18.0.1", "v0", 8472)
+    assert (data["learning"], data["udp_csum"], data["ttl"]) == (False, True, 0)
+    assert not {"group", "remote", "gbp", "tos", "proxy", "rsc", "l2miss", "l3miss"} & data.keys()
+    assert ask(ns, lambda n: n.ensure_vxlan("flannel.1", wanted, mac="", mtu=1400)) == made
+    gbp = ask(ns, lambda n: n.ensure_vxlan("gbp", vxlan_over(ns, vni=2, gbp=True), mac="", mtu=1450))
+    assert gbp.vxlan == vxlan_over(ns, vni=2, gbp=True)
+
+
+def test_a_vxlan_device_is_changed_in_place_as_far_as_the_kernel_can(ns: Namespace) -> None:
+    made = ask(ns, lambda n: n.ensure_vxlan("flannel.1", vxlan_over(ns), mac="", mtu=1450))
+    ns.command("ip", "link", "set", "flannel.1", "up")
+    fdb = "bridge fdb replace 0a:00:00:00:00:01 dev flannel.1 dst 198.18.0.9 self permanent"
+    ns.command(*fdb.split())
+    other = shown(ns, "link", "show", "v1")[0]["ifindex"]
+    moved = vxlan_over(ns, lower=other, local=IPv4Address("198.18.0.2"), learning=True)
+    changed = ask(ns, lambda n: n.ensure_vxlan("flannel.1", moved, mac="02:00:00:00:00:07", mtu=1300))
+    assert (changed.index, changed.vxlan, changed.mtu, changed.address) == (
+        made.index, moved, 1300, "02:00:00:00:00:07",
+    )  # fmt: skip
+    (link,) = shown(ns, "link", "show", "flannel.1")
+    assert (link["mtu"], link["address"], "UP" in link["flags"]) == (1300, "02:00:00:00:00:07", True)
+    assert ask(ns, lambda n: n.link("flannel.1")) == changed
+    assert "198.18.0.9" in ns.command("bridge", "fdb", "show", "dev", "flannel.1").stdout, "entries stay"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vni": 2}, {"port": 4789}, {"gbp": True}, {"local": IPv6Address("fd00:198:18::1")}]
+)
+def test_another_kind_of_vxlan_is_made_anew_with_the_same_mac(ns: Namespace, changes: dict[str, Any]) -> None:
+    made = ask(ns, lambda n: n.ensure_vxlan("flannel.1", vxlan_over(ns), mac="", mtu=1400))
+    wanted = vxlan_over(ns, **changes)
+    again = ask(ns, lambda n: n.ensure_vxlan("flannel.1", wanted, mac="", mtu=1400))
+    assert again.index != made.index
+    assert (again.vxlan, again.address) == (wanted, made.address)
+
+
+def test_one_with_a_multicast_group_is_not_ours(ns: Namespace) -> None:
+    line = "ip link add flannel.1 type vxlan id 1 dstport 8472 group 239.1.1.1 dev v0"
+    ns.command(*line.split())
+    wanted = vxlan_over(ns)
+    assert ask(ns, lambda n: n.ensure_vxlan("flannel.1", wanted, mac="", mtu=1400)).vxlan == wanted
+
+
+def test_who_is_in_the_way_of_a_vxlan_device_is_named(ns: Namespace) -> None:
+    line = "ip link add other type vxlan id 1 dstport 8472 local 198.18.0.9 dev v0"
+    ns.command(*line.split())
+    with pytest.raises(KernelError, match="device other has VNI 1 on port 8472 already; remove it, or use another VNI"):
+        ask(ns, lambda n: n.ensure_vxlan("flannel.1", vxlan_over(ns), mac="", mtu=1400))
+    with pytest.raises(KernelError, match="a tun device has that name"):
+        ask(ns, lambda n: n.ensure_vxlan("flannel0", vxlan_over(ns, vni=2), mac="", mtu=1400))
+    assert ask(ns, lambda n: n.link("flannel.1")) is None
+
+
+def test_addresses_and_routes_of_ipv6(ns: Namespace) -> None:
+    async def work(netlink: Netlink) -> None:
+        await netlink.ensure_link_up("v0")
+        for stale in ("fd00:5:7::/128", "fd00:5:8::1/64"):
+            await netlink.ensure_address("v0", IPv6Interface(stale))
+        wanted, network = IPv6Interface("fd00:5:8::/128"), IPv6Network("fd00:5::/32")
+        assert await netlink.ensure_address("v0", wanted, sole_within=network)
+        assert not await netlink.ensure_address("v0", wanted, sole_within=network)
+        own = [a.interface for a in await netlink.addresses() if a.interface.ip in network]
+        assert own == [wanted]
+        assert await netlink.ensure_route(IPv6Network("fd00:6::/48"), "v0")
+        assert not await netlink.ensure_route(IPv6Network("fd00:6::/48"), "v0")
+        assert await netlink.remove_route(IPv6Network("fd00:6::/48"), "v0")
+        assert await netlink.default_routes(6) == ()
+
+    ask(ns, work)
+    (address,) = [a for a in shown(ns, "-6", "addr", "show", "v0")[0]["addr_info"] if a["scope"] == "global"]
+    assert (address["local"], address["prefixlen"], "tentative" in address) == ("fd00:5:8::", 128, False)
+    ns.command("ip", *["-6", "route", "add", "default", "via", "fe80::1", "dev", "v0", "metric", "7"])
+    (route,) = ask(ns, lambda n: n.default_routes(6))
+    assert (str(route.gateway), route.metric) == ("fe80::1", 7)
+
+
+def test_router_advertisements_are_refused_and_ipv6_stays(ns: Namespace) -> None:
+    assert ns.run(refuse_router_advertisements, "v0")
+    settings = ns.command("sysctl", "net.ipv6.conf.v0.accept_ra", "net.ipv6.conf.v0.disable_ipv6").stdout.split()
+    assert settings[2::3] == ["0", "0"]
 
 
 def test_without_the_privilege_the_error_says_what_to_do(ns: Namespace) -> None:
