@@ -1,28 +1,28 @@
-"""Owns the network config: the JSON that an operator writes for a whole network, its rules, and how faults are shown.
+"""Owns the network config: what an operator writes for a whole network, and its rules.
 
-Free of: IO and the question where the text came from (`origin` is an argument). Invariant: any bytes give a
-NetworkConfig or a ConfigError that shows the place, never another exception.
+Free of: IO, how faults are shown (json_text), and the question where the text came from (`origin` is an argument).
+Invariant: any bytes give a NetworkConfig or a ConfigError that shows the place, never another exception.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, ClassVar, Generic, TypeVar
 
-import msgspec
-
-from dataplane.errors import ConfigError
+from dataplane.json_text import JsonObject, JsonText, did_you_mean, nearest
 from dataplane.path.capability import Capability
 
 UDP_PORT = 8285
 """Where flannel's udp backend listens unless Backend.Port says otherwise."""
 
-MAX_BYTES = 65_536
-"""A longer text is no network config: a real one has a few hundred bytes."""
+VXLAN_PORT = 8472
+"""The same for vxlan: Linux's own default, not IANA's 4789."""
+
+DATAPLANES = ("kernel", "userspace", "auto")
+"""Who may carry vxlan: a kernel device, this daemon, or this daemon where the kernel has no such device."""
 
 BACKEND_TYPES = ("alloc", "extension", "host-gw", "ipip", "ipsec", "tencent-vpc", "udp", "vxlan", "wireguard")
 """Every type that flannel knows (pkg/backend/manager.go)."""
@@ -38,15 +38,15 @@ _SWITCHES = {
     "TunTSO": Capability.TUN_TSO,
     "TunUSO": Capability.TUN_USO,
 }
-_UDP_FIELDS = ("Type", "Port", *_SWITCHES)
-_WIDTH = 100
-"""Most characters of a faulty line that are shown."""
+_BACKEND_FIELDS = {
+    "udp": ("Type", "Port", "DirectRouting", *_SWITCHES),
+    "vxlan": ("Type", "VNI", "Port", "MTU", "GBP", "Learning", "DirectRouting", "Dataplane", *_SWITCHES),
+    "host-gw": ("Type",),
+    "alloc": ("Type",),
+}
+_LEAST_IPV6_MTU = 1280
+_VXLAN_OVERHEAD = 70
 
-# The parts of a text that is known to be JSON: a string, a mark, or a number or word
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+')
-_KINDS = {'"': "a string", "{": "an object", "[": "an array", "t": "a boolean", "f": "a boolean"}
-
-_T = TypeVar("_T")
 _Net = TypeVar("_Net", bound=IPv4Network | IPv6Network)
 _Addr = TypeVar("_Addr", bound=IPv4Address | IPv6Address)
 
@@ -59,17 +59,48 @@ class UdpConfig:
     type: ClassVar[str] = "udp"
     port: int = UDP_PORT
     switched_off: frozenset[Capability] = frozenset()
+    direct_routing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanConfig:
+    """Options of the vxlan backend. `mtu`: that of outer packets, 0 for the underlay's. `dataplane`: who carries the
+    packets where a node's flags say nothing (our own member; empty: not said). `switched_off`: see UdpConfig."""
+
+    type: ClassVar[str] = "vxlan"
+    vni: int = 1
+    port: int = VXLAN_PORT
+    mtu: int = 0
+    gbp: bool = False
+    learning: bool = False
+    direct_routing: bool = False
+    dataplane: str = ""
+    switched_off: frozenset[Capability] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class HostGwConfig:
+    """The host-gw backend has no options."""
+
+    type: ClassVar[str] = "host-gw"
+
+
+@dataclass(frozen=True, slots=True)
+class AllocConfig:
+    """The alloc backend has no options."""
+
+    type: ClassVar[str] = "alloc"
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignConfig:
-    """Another backend that flannel knows: its type in lower case, and the members of Backend as they stand."""
+    """A backend of flannel's that Loden does not carry: its type in lower case, and the members of Backend."""
 
     type: str
     options: Mapping[str, Any]
 
 
-BackendConfig = UdpConfig | ForeignConfig
+BackendConfig = UdpConfig | VxlanConfig | HostGwConfig | AllocConfig | ForeignConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +125,13 @@ class NetworkConfig:
     backend: BackendConfig
     warnings: tuple[str, ...] = ()
 
+    def is_subnet(self, subnet: IPv4Network | IPv6Network) -> bool:
+        """Whether it is what some node of this network could lease, by its place and length."""
+        if isinstance(subnet, IPv4Network):
+            return self.network is not None and subnet.prefixlen == self.subnet_len and subnet.subnet_of(self.network)
+        v6 = self.ipv6_network
+        return v6 is not None and subnet.prefixlen == self.ipv6_subnet_len and subnet.subnet_of(v6)
+
 
 def parse(text: bytes, *, origin: str) -> NetworkConfig:
     """Read and check a network config; `origin` is the file or key that errors name. Raises ConfigError.
@@ -101,11 +139,11 @@ def parse(text: bytes, *, origin: str) -> NetworkConfig:
     Follows Go's decoder (names in any case, unknown ones ignored, null is unset) and flannel's rules with its
     texts, and demands Min <= Max besides (facts 2; pkg/subnet/config.go).
     """
-    document = _Object(_Source.of(text, origin), 0, _FIELDS)
+    document = JsonObject(JsonText.of(text, origin), 0, _FIELDS)
     enable_ipv4 = document.boolean("EnableIPv4", default=True)
     enable_ipv6 = document.boolean("EnableIPv6", default=False)
     enable_nftables = document.boolean("EnableNFTables", default=False)
-    backend, warnings = _backend(document)
+    backend, warnings = _backend(document, enable_ipv6)
     v4 = _range(document, _V4, enable_ipv4)
     v6 = _range(document, _V6, enable_ipv6)
     if not enable_ipv4 and not enable_ipv6:
@@ -115,23 +153,65 @@ def parse(text: bytes, *, origin: str) -> NetworkConfig:
     )
 
 
-def _backend(document: _Object) -> tuple[BackendConfig, list[str]]:
+def _backend(document: JsonObject, ipv6: bool) -> tuple[BackendConfig, list[str]]:
     place = document.object("Backend")
     if place is None:
         return UdpConfig(), []
-    options = _Object(document.source, place, _UDP_FIELDS)
-    word = options.string("Type") or ""
+    # the type says which other members are known
+    of_type = JsonObject(document.source, place, ("Type",))
+    word = of_type.string("Type") or ""
     kind = word.lower()
+    options = JsonObject(document.source, place, _BACKEND_FIELDS.get(kind, _BACKEND_FIELDS["udp"]))
     if kind not in BACKEND_TYPES:
-        hint = _did_you_mean(_nearest(kind, BACKEND_TYPES)) or f" (known: {', '.join(BACKEND_TYPES)})"
+        hint = did_you_mean(nearest(kind, BACKEND_TYPES)) or f" (known: {', '.join(BACKEND_TYPES)})"
         raise options.fault("Type", f"unknown backend type: {word}{hint}")
-    if kind != "udp":
-        return ForeignConfig(kind, options.everything()), []
+    if kind == "udp":
+        return _udp(options), options.warnings
+    if kind == "vxlan":
+        return _vxlan(options, ipv6), options.warnings
+    if kind in ("host-gw", "alloc"):
+        return (HostGwConfig() if kind == "host-gw" else AllocConfig()), options.warnings
+    return ForeignConfig(kind, options.everything()), []
+
+
+def _udp(options: JsonObject) -> UdpConfig:
     port = options.whole_number("Port", default=UDP_PORT)
     if not 1 <= port <= 65535:
         raise options.fault("Port", f"Backend.Port {port} is no UDP port: use 1 to 65535")
-    off = frozenset(what for name, what in _SWITCHES.items() if not options.boolean(name, default=True))
-    return UdpConfig(port, off), options.warnings
+    return UdpConfig(port, _switched_off(options), options.boolean("DirectRouting", default=False))
+
+
+def _vxlan(options: JsonObject, ipv6: bool) -> VxlanConfig:
+    vni = options.whole_number("VNI", default=1)
+    if not 1 <= vni < 1 << 24:
+        raise options.fault("VNI", f"Backend.VNI {vni} is no VXLAN network identifier: use 1 to 16777215")
+    port = options.whole_number("Port", default=0)
+    if port > 65535:
+        raise options.fault("Port", f"Backend.Port {port} is no UDP port: use 1 to 65535, or 0 for {VXLAN_PORT}")
+    mtu = options.whole_number("MTU", default=0)
+    least = _LEAST_IPV6_MTU + _VXLAN_OVERHEAD if ipv6 else 576
+    if mtu and not least <= mtu <= 65535:
+        with_ipv6 = " with EnableIPv6" if ipv6 else ""
+        text = f"use {least} to 65535{with_ipv6}, or 0 for the underlay's"
+        raise options.fault("MTU", f"Backend.MTU {mtu} is no MTU of outer packets: {text}")
+    dataplane = (options.string("Dataplane") or "").lower()
+    if dataplane not in ("", *DATAPLANES):
+        hint = did_you_mean(nearest(dataplane, DATAPLANES))
+        raise options.fault("Dataplane", f"Backend.Dataplane must be one of {', '.join(DATAPLANES)}{hint}")
+    return VxlanConfig(
+        vni=vni,
+        port=port or VXLAN_PORT,
+        mtu=mtu,
+        gbp=options.boolean("GBP", default=False),
+        learning=options.boolean("Learning", default=False),
+        direct_routing=options.boolean("DirectRouting", default=False),
+        dataplane=dataplane,
+        switched_off=_switched_off(options),
+    )
+
+
+def _switched_off(options: JsonObject) -> frozenset[Capability]:
+    return frozenset(what for name, what in _SWITCHES.items() if not options.boolean(name, default=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +237,7 @@ _V6 = _Family("IPv6", "IPv6Network", 128, 64, lambda pair: IPv6Network(pair, str
 
 
 def _range(
-    document: _Object, family: _Family[_Net, _Addr], enabled: bool
+    document: JsonObject, family: _Family[_Net, _Addr], enabled: bool
 ) -> tuple[_Net | None, int, _Addr | None, _Addr | None]:
     """One family's network, subnet length, first and last subnet, by CheckNetworkConfig in its order."""
     names = [family.prefix + name for name in ("Network", "SubnetLen", "SubnetMin", "SubnetMax")]
@@ -188,7 +268,7 @@ def _range(
 
 
 def _subnet_len(
-    document: _Object, family: _Family[_Net, _Addr], names: list[str], network: _Net, given: int
+    document: JsonObject, family: _Family[_Net, _Addr], names: list[str], network: _Net, given: int
 ) -> int:
     if given > family.bits - 2:
         raise document.fault(names[1], f"SubnetLen must be less than /{family.bits - 1}")
@@ -204,193 +284,3 @@ def _subnet_len(
 
 def _unscoped(address: Callable[[str | int], _Addr]) -> Callable[[str], _Addr | None]:
     return lambda text: None if "%" in text else address(text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A member of an object, by offsets into the text: its key, and its value from start to end."""
-
-    name: str
-    key_at: int
-    start: int
-    end: int
-
-
-class _Object:
-    """One JSON object whose members are looked up as Go does, and which knows where each stands."""
-
-    def __init__(self, source: _Source, start: int, known: Iterable[str]) -> None:
-        self.source = source
-        self.start, self.members = source.members(start)
-        self.warnings: list[str] = []
-        self._known: dict[str, _Member] = {}
-        self._near_misses: dict[str, _Member] = {}
-        folded = {name.casefold(): name for name in known}
-        for member in self.members:
-            name = folded.get(member.name.casefold())
-            if name is None:
-                near = _nearest(member.name, folded.values())
-                if near is not None:
-                    self._near_misses[near] = member
-                self._warn(member, f"is no known key and is ignored{_did_you_mean(near)}")
-                continue
-            if name in self._known:
-                self._warn(member, "stands here for the second time: the last one counts")
-            if source.text[member.start : member.end] != "null":
-                self._known[name] = member
-
-    def _warn(self, member: _Member, message: str) -> None:
-        self.warnings.append(f"{self.source.place(member.key_at)}: {_shown(member.name)} {message}")
-
-    def fault(self, name: str, message: str) -> ConfigError:
-        """An error at a member's value; where it is missing, at a key that looks like it or at the object."""
-        if name in self._known:
-            return self.source.fault(self._known[name].start, message)
-        near = self._near_misses.get(name)
-        if near is None:
-            return self.source.fault(self.start, message)
-        return self.source.fault(near.key_at, message + _did_you_mean(name))
-
-    def boolean(self, name: str, *, default: bool) -> bool:
-        value: bool | None = self._value(name, bool, "a boolean")
-        return default if value is None else value
-
-    def whole_number(self, name: str, *, default: int) -> int:
-        value: int | None = self._value(name, int, "a whole number")
-        if value is not None and value < 0:
-            raise self.fault(name, f"{name} must not be negative")
-        return default if value is None else value
-
-    def string(self, name: str) -> str | None:
-        value: str | None = self._value(name, str, "a string")
-        return value
-
-    def object(self, name: str) -> int | None:
-        """The offset of a member that is an object."""
-        member = self._known.get(name)
-        if member is not None and self.source.text[member.start] != "{":
-            kind = self.source.kind(member.start)
-            raise self.fault(name, f"error decoding {name} property of config: it must be an object, not {kind}")
-        return None if member is None else member.start
-
-    def parsed(self, name: str, read: Callable[[str], _T | None], complaint: str) -> _T | None:
-        """What `read` makes of a string; None or ValueError from it is a fault with this complaint."""
-        text = self.string(name)
-        if text is None:
-            return None
-        try:
-            value = read(text)
-        except ValueError:
-            value = None
-        if value is None:
-            raise self.fault(name, f"{name} {_shown(text)}: {complaint}")
-        return value
-
-    def everything(self) -> dict[str, Any]:
-        """Every member as it stands, for a backend that reads its own options."""
-        return {member.name: self.source.decode(member.start, member.end) for member in self.members}
-
-    def _value(self, name: str, kind: type[bool | int | str], wanted: str) -> Any:
-        member = self._known.get(name)
-        if member is None:
-            return None
-        try:
-            return msgspec.json.decode(self.source.text[member.start : member.end], type=kind)
-        except (msgspec.DecodeError, RecursionError):
-            raise self.fault(name, f"{name} must be {wanted}, not {self.source.kind(member.start)}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A text that is JSON, and how a place in it is shown. Offsets count characters."""
-
-    text: str
-    origin: str
-
-    @classmethod
-    def of(cls, raw: bytes, origin: str) -> _Source:
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(f"{origin}: this is no network config: {len(raw)} bytes, more than {MAX_BYTES}")
-        source = cls(raw.decode(errors="replace"), origin)
-        if raw.startswith(b"\xef\xbb\xbf"):
-            raise source.fault(0, "a byte order mark stands before the JSON: save it as UTF-8 without one")
-        try:
-            raw.decode()
-            msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        except UnicodeDecodeError as error:
-            raise source.fault(len(raw[: error.start].decode()), "this is not UTF-8") from None
-        except RecursionError:
-            raise source.fault(0, "the JSON is nested too deeply") from None
-        except msgspec.ValidationError:
-            start = len(source.text) - len(source.text.lstrip())
-            raise source.fault(start, f"a network config is a JSON object, not {source.kind(start)}") from None
-        except msgspec.DecodeError as error:
-            match = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", str(error))
-            if match is None:
-                raise source.fault(len(source.text.rstrip()), "the JSON ends too early") from None
-            # msgspec counts one too far where the text goes on behind the document
-            offset = int(match[2]) - (match[1] == "trailing characters")
-            at = len(raw[:offset].decode(errors="ignore"))
-            raise source.fault(at, f"this is not JSON: {match[1]}") from None
-        return source
-
-    def members(self, start: int) -> tuple[int, list[_Member]]:
-        """The members of the object that opens at or behind `start`, and where it opens."""
-        found: list[_Member] = []
-        tokens = _TOKEN.finditer(self.text, start)
-        opening = next(tokens).start()
-        depth, key, begin, end = 1, None, -1, -1
-        for token in tokens:
-            mark = token[0]
-            if depth == 1 and mark in ",}":
-                if key is not None:
-                    name: str = msgspec.json.decode(key[0], type=str)
-                    found.append(_Member(name, key.start(), begin, end))
-                key, begin = None, -1
-            elif depth == 1 and key is None:
-                key = token
-            elif begin < 0 and mark != ":":
-                begin = token.start()
-            depth += (mark in "{[") - (mark in "}]")
-            end = token.end()
-            if depth == 0:
-                break
-        return opening, found
-
-    def decode(self, start: int, end: int) -> Any:
-        try:
-            return msgspec.json.decode(self.text[start:end])
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise self.fault(start, f"this value cannot be read: {error}") from None
-
-    def kind(self, at: int) -> str:
-        return _KINDS.get(self.text[at : at + 1], "null" if self.text.startswith("null", at) else "a number")
-
-    def place(self, at: int) -> str:
-        line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
-        return f"{self.origin}, line {line}, column {column}"
-
-    def fault(self, at: int, message: str) -> ConfigError:
-        """The error for a place: where, what, then the line itself with a caret under the place."""
-        begin = self.text.rfind("\n", 0, at) + 1
-        end = self.text.find("\n", at)
-        line = self.text[begin : len(self.text) if end < 0 else end]
-        cut = max(0, at - begin - _WIDTH * 3 // 4)
-        # one column a character, whatever it is, so that the caret stands right
-        shown = "".join(c if c.isprintable() else " " for c in line[cut : cut + _WIDTH])
-        return ConfigError(f"{self.place(at)}: {message}\n{shown}\n{' ' * (at - begin - cut)}^")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    by_folded = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word[:_WIDTH].casefold(), by_folded, n=1, cutoff=0.7)
-    return by_folded[near[0]] if near else None
-
-
-def _did_you_mean(near: str | None) -> str:
-    return "" if near is None else f'; did you mean "{near}"?'
-
-
-def _shown(word: str) -> str:
-    """A word from the text, quoted and cut to a sane length."""
-    return f'"{word}"' if len(word) <= _WIDTH else f'"{word[:_WIDTH]}"...'

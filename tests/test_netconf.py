@@ -12,7 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataplane.errors import ConfigError
-from dataplane.netconf import BACKEND_TYPES, MAX_BYTES, ForeignConfig, NetworkConfig, UdpConfig, parse
+from dataplane.json_text import MAX_BYTES
+from dataplane.netconf import (
+    AllocConfig,
+    ForeignConfig,
+    HostGwConfig,
+    NetworkConfig,
+    UdpConfig,
+    VxlanConfig,
+    parse,
+)
 from dataplane.path.capability import Capability
 
 ORIGIN = "/etc/net-conf.json"
@@ -187,7 +196,58 @@ def test_a_family_that_is_off_is_parsed_but_not_checked() -> None:
     assert "invalid CIDR" in fault({"Network": "10.3.0.0/16", "IPv6Network": "fd00::"})
 
 
-@pytest.mark.parametrize("kind", sorted(set(BACKEND_TYPES) - {"udp"}))
+def test_options_of_vxlan() -> None:
+    assert config(Network="10.3.0.0/16", Backend={"Type": "VXLAN"}).backend == VxlanConfig(1, 8472, 0)
+    found = config(
+        Network="10.3.0.0/16",
+        Backend={"type": "vxlan", "vni": 7, "PORT": 4789, "mtu": 9000, "gbp": True, "learning": True,
+                 "directrouting": True, "dataplane": "UserSpace", "TunUSO": False},
+    )  # fmt: skip
+    assert found.backend == VxlanConfig(
+        7, 4789, 9000, True, True, True, "userspace", frozenset({Capability.TUN_USO})
+    )
+    assert found.warnings == ()
+    zero = config(Network="10.3.0.0/16", Backend={"Type": "vxlan", "Port": 0, "MTU": 0, "GBP": None, "Dataplane": ""})
+    assert zero.backend == VxlanConfig()
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"VNI": 0}, "Backend.VNI 0 is no VXLAN network identifier: use 1 to 16777215"),
+        ({"VNI": 16_777_216}, "no VXLAN network identifier"),
+        ({"VNI": "1"}, "VNI must be a whole number, not a string"),
+        ({"VNI": -1}, "VNI must not be negative"),
+        ({"Port": 65_536}, "Backend.Port 65536 is no UDP port: use 1 to 65535, or 0 for 8472"),
+        ({"MTU": 575}, "use 576 to 65535, or 0 for the underlay's"),
+        ({"MTU": 65_536}, "use 576 to 65535"),
+        ({"GBP": 1}, "GBP must be a boolean"),
+        ({"Dataplane": "kernal"}, 'must be one of kernel, userspace, auto; did you mean "kernel"?'),
+    ],
+)
+def test_bad_options_of_vxlan(members: dict[str, Any], text: str) -> None:
+    assert text in fault({"Network": "10.3.0.0/16", "Backend": {"Type": "vxlan", **members}})
+
+
+def test_ipv6_needs_a_larger_mtu() -> None:
+    both = {"Network": "10.3.0.0/16", "EnableIPv6": True, "IPv6Network": "fd00::/48"}
+    assert "use 1350 to 65535 with EnableIPv6" in fault({**both, "Backend": {"Type": "vxlan", "MTU": 1349}})
+    assert config(**both, Backend={"Type": "vxlan", "MTU": 1350}).backend == VxlanConfig(mtu=1350)
+
+
+def test_a_misspelt_option_is_told() -> None:
+    (warning,) = config(Network="10.3.0.0/16", Backend={"Type": "vxlan", "DirectRoutin": True}).warnings
+    assert '"DirectRoutin" is no known key and is ignored; did you mean "DirectRouting"?' in warning
+
+
+def test_options_of_the_others() -> None:
+    assert config(Network="10.3.0.0/16", Backend={"Type": "Host-GW"}).backend == HostGwConfig()
+    assert config(Network="10.3.0.0/16", Backend={"Type": "alloc"}).backend == AllocConfig()
+    udp = config(Network="10.3.0.0/16", Backend={"Type": "udp", "DirectRouting": True}).backend
+    assert udp == UdpConfig(8285, frozenset(), True)
+
+
+@pytest.mark.parametrize("kind", ["extension", "ipip", "ipsec", "tencent-vpc", "wireguard"])
 def test_other_backends_keep_their_options(kind: str) -> None:
     backend = {"Type": kind.upper(), "VNI": 7, "Deep": {"a": [1, None]}}
     assert config(Network="10.3.0.0/16", Backend=backend).backend == ForeignConfig(kind, backend)
