@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.klog import KlogFormatter, configure
+from dataplane.klog import JsonFormatter, KlogFormatter, configure
 
 HEAD = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}\.\d{6} [ \d]{7} [^ :]+:\d+\] ")
 
@@ -84,3 +85,48 @@ def test_an_exception_is_part_of_its_record() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0].endswith("] it broke")
     assert lines[-1] == "    ValueError: why\\x07"
+
+
+# --- which records, and in which form -------------------------------------------------------------------------
+
+
+def lines(*, verbosity: int = 0, **settings: object) -> list[str]:
+    """What reaches the stream of one debug and one info record, both of this file."""
+    stream = io.StringIO()
+    configure(verbosity, stream, **settings)  # type: ignore[arg-type]  # any of its settings
+    logging.getLogger("x").debug("small")
+    logging.getLogger("x").info("large")
+    return stream.getvalue().splitlines()
+
+
+def test_vmodule_shows_debug_lines_of_matching_files_only() -> None:
+    for pattern in ("test_klog", "test_*", "t?st_klog"):
+        assert len(lines(by_file={pattern: 1})) == 2
+    for pattern in ("keeper", "klog", "test_klog.py"):
+        assert len(lines(by_file={pattern: 9})) == 1
+    assert len(lines(by_file={"test_klog": 0})) == 1
+    assert len(lines(verbosity=1, by_file={"keeper": 0})) == 2
+
+
+def test_a_stack_trace_at_the_place_that_was_asked_for() -> None:
+    (plain,) = lines()
+    place = plain.partition("]")[0].rpartition(" ")[2]
+    traced = lines(backtrace_at=place)
+    assert traced[0].endswith("large")
+    assert any("test_a_stack_trace_at_the_place" in line for line in traced[1:])
+    assert all(line.startswith("    ") for line in traced[1:])
+
+
+def test_json_is_one_object_a_line_whatever_stands_in_it() -> None:
+    logged = record("a\nb \x1b[31m \u202e %s", "ä", level=logging.WARNING)
+    text = JsonFormatter().format(logged)
+    assert text.isascii()
+    assert "\n" not in text
+    document = json.loads(text)
+    assert document["msg"] == "a\nb \x1b[31m \u202e ä"
+    assert (document["level"], document["caller"]) == ("warning", "file.py:386")
+    assert datetime.fromisoformat(document["ts"]).timestamp() == pytest.approx(logged.created)
+
+
+def test_the_form_is_chosen_by_its_flag() -> None:
+    assert [json.loads(line)["msg"] for line in lines(form="json")] == ["large"]
