@@ -8,30 +8,58 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dataplane.errors import KernelError
 from dataplane.kernel import firewall, subnetfile
 from dataplane.options import Options
+
+if TYPE_CHECKING:
+    from dataplane.kernel.netlink import Netlink
 
 log = logging.getLogger(__name__)
 
 
 async def cleanup(options: Options) -> None:
-    """Remove the firewall rules, the device (address and route go with it) and the state of a former daemon."""
-    from dataplane.kernel import tun
+    """Remove the firewall rules, the blackhole routes, the device (address and route go with it) and the state of a
+    former daemon. Raises KernelError for what could not be removed, once everything else is."""
     from dataplane.kernel.netlink import Netlink
 
     places = subnetfile.places(options.subnet_file, options.control_socket)
     with subnetfile.DaemonLock(places.lock):
-        if await firewall.remove_forward():
-            log.info("Removed the forward rules")
-        device = subnetfile.read_state(places.state).device
+        troubles = await _remove_rules()
         netlink = await Netlink.open()
         try:
-            if device in tun.leftovers(await netlink.links()):
-                await netlink.remove_link(device)
-                log.info("Removed device %s", device)
+            for _, subnet in subnetfile.read_networks(places.subnet_file):
+                if await netlink.remove_blackhole(subnet):
+                    log.info("Removed the blackhole route of %s", subnet)
+            await _remove_device(netlink, subnetfile.read_state(places.state).device)
         finally:
             await netlink.close()
         for place in (places.state, places.control_socket):
             Path(place).unlink(missing_ok=True)
+    if troubles:
+        raise KernelError("; ".join(troubles))
     log.info("Nothing that a former daemon left remains")
+
+
+async def _remove_rules() -> list[str]:
+    """Both engines, both families. Returns what could not be removed: a kernel without IPv6 shall not hide the rest."""
+    troubles = []
+    for version in firewall.families():
+        for nftables in (False, True):
+            word = f"IPv{version} rules from {'nftables' if nftables else 'iptables'}"
+            try:
+                if await firewall.remove(version, nftables=nftables):
+                    log.info("Removed the %s", word)
+            except KernelError as error:
+                troubles.append(str(error))
+    return troubles
+
+
+async def _remove_device(netlink: Netlink, device: str) -> None:
+    from dataplane.kernel import tun
+
+    if device in tun.leftovers(await netlink.links()):
+        await netlink.remove_link(device)
+        log.info("Removed device %s", device)

@@ -15,9 +15,8 @@ import random
 import signal
 import sys
 from collections.abc import Sequence
-from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataplane import __version__, klog, netconf, parts, systemd
 from dataplane import options as flags
@@ -25,9 +24,10 @@ from dataplane.backend.base import Backend, Underlay
 from dataplane.cleanup import cleanup
 from dataplane.debug import status
 from dataplane.debug.control import ControlServer
-from dataplane.errors import ConfigError, KernelError, LodenError, StoreError
+from dataplane.errors import ConfigError, LodenError, StoreError
+from dataplane.following import Following, Surveyor
 from dataplane.health import HealthServer
-from dataplane.kernel import firewall, iface, subnetfile
+from dataplane.kernel import subnetfile
 from dataplane.lease import texts
 from dataplane.lease.allocate import Claim
 from dataplane.lease.config import fetch_config
@@ -37,9 +37,7 @@ from dataplane.lease.store import LeaseStore
 from dataplane.memory import Memory, Past
 from dataplane.netconf import NetworkConfig
 from dataplane.options import Options
-
-if TYPE_CHECKING:
-    from dataplane.kernel.netlink import Netlink
+from dataplane.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\nSee {PROGRAM} -help\n")
         return 2
-    klog.configure(options.v, sys.stderr)
+    by_file = flags.read_vmodule(options.vmodule)
+    klog.configure(
+        options.v, sys.stderr, by_file=by_file, backtrace_at=options.log_backtrace_at, form=options.log_format
+    )
     for warning in options.warnings:
         log.warning("%s", warning)
     log.info("%s", flags.describe(options))
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def run(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises LodenError where the start fails, with nothing left behind."""
     stop = asyncio.Event()
+    log.info("Installing signal handlers")
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop_once, stop, number)
     daemon = asyncio.create_task(Daemon(options).run())
@@ -88,6 +90,7 @@ async def run(options: Options) -> None:
     stopped.cancel()
     if not daemon.done():
         systemd.notify(os.environ, STOPPING="1")
+        log.info("Waiting for all goroutines to exit")  # guides and scripts look for flannel's words
         daemon.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await daemon
@@ -122,12 +125,13 @@ class Daemon:
         self._store: LeaseStore | None = None
         self._keeper: LeaseKeeper | None = None
         self._backend: Backend | None = None
+        self._following: Following | None = None
         self._rng = random.Random()
-        self._started = False
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(subnetfile.DaemonLock(self._places.lock))
+            stack.enter_context(systemd.watched(os.environ))
             await self._listen(stack)
             self._memory = Memory(self._places.state)
             stack.push_async_callback(self._memory.close)
@@ -147,14 +151,22 @@ class Daemon:
     async def _live(self, store: LeaseStore, claim: Claim | None, past: Past | None) -> bool:
         """Carry packets until the daemon is stopped. With `past`, begin without the store; False if it then turns out
         to have another network config, after everything was closed."""
+        from dataplane.kernel.netlink import Netlink
+
         async with contextlib.AsyncExitStack() as stack:
-            self._started, self._keeper, self._backend = False, None, None
+            self._following, self._keeper, self._backend = None, None, None
             if past is None:
                 text, network = await fetch_config(store, self._read_network, rng=self._rng)
                 self._memory.keep_network(store.name, text)
             else:
                 _, network = self._read_network(past.config)
-            keeper, backend = await self._join(stack, store, network, claim)
+            netlink = await Netlink.open()
+            stack.push_async_callback(netlink.close)
+            surveyor = Surveyor(self._options, network, netlink)
+            facing = await surveyor.first()
+            backend = self._backend = parts.make_backend(self._options, network, facing, netlink, self._memory)
+            stack.push_async_callback(backend.close)
+            keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
             if past is None:
                 lease = await keeper.acquire()
             else:
@@ -162,14 +174,45 @@ class Daemon:
             await backend.attach(lease)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    running = tasks.create_task(keeper.run())
-                    await self._serve(backend, network, lease)
+                    running = [tasks.create_task(keeper.run())]
+                    former = subnetfile.read_networks(self._places.subnet_file)
+                    upkeep = Upkeep(self._options, network, lease.key, former, netlink)
+                    await upkeep.start()
+                    following = self._follow_node(surveyor, facing, backend, keeper, network, lease)
+                    running += [tasks.create_task(upkeep.run()), tasks.create_task(following.run())]
                     if past is not None and await self._is_outdated(network, store):
-                        running.cancel()
+                        for task in running:
+                            task.cancel()
                         return False
             except ExceptionGroup as group:
                 raise group.exceptions[0] from group
         return True
+
+    def _follow_node(
+        self,
+        surveyor: Surveyor,
+        facing: Underlay,
+        backend: Backend,
+        keeper: LeaseKeeper,
+        network: NetworkConfig,
+        lease: Lease,
+    ) -> Following:
+        """Write subnet.env, and be ready; the result keeps it and the lease right from now on."""
+
+        def write_subnet_file() -> None:
+            path, ip_masq = self._places.subnet_file, self._options.ip_masq
+            subnetfile.write_subnet_file(path, network, lease.key, mtu=backend.mtu, ip_masq=ip_masq)
+            log.info("Wrote subnet file to %s", path)
+
+        following = self._following = Following(
+            surveyor, facing, backend, publish=keeper.change_attrs, rewrite=write_subnet_file, rng=self._rng
+        )
+        following.write_file()
+        if following.file_stands:
+            log.info("flannel is ready")
+        systemd.notify(os.environ, READY="1")
+        log.info("Running backend.")
+        return following
 
     async def _is_outdated(self, network: NetworkConfig, store: LeaseStore) -> bool:
         """Whether the store, once it answers, has another network config."""
@@ -186,23 +229,14 @@ class Daemon:
         control = await ControlServer.start(Path(self._places.control_socket), {"status": self._status})
         stack.push_async_callback(control.close)
 
-    async def _join(
-        self, stack: contextlib.AsyncExitStack, store: LeaseStore, network: NetworkConfig, claim: Claim | None
-    ) -> tuple[LeaseKeeper, Backend]:
-        """What stands between a network config and a lease: underlay, backend, keeper."""
-        from dataplane.kernel.netlink import Netlink
-
-        netlink = await Netlink.open()
-        stack.push_async_callback(netlink.close)
-        facing = await self._choose_underlay(netlink)
-        backend = self._backend = parts.make_backend(self._options, network, facing, netlink, self._memory)
-        stack.push_async_callback(backend.close)
-
+    async def _make_keeper(
+        self, store: LeaseStore, network: NetworkConfig, backend: Backend, claim: Claim | None
+    ) -> LeaseKeeper:
         async def follow(events: Sequence[LeaseEvent]) -> None:
             await backend.apply(events)
             self._memory.keep_peers(lambda: (keeper.revision, keeper.peers))
 
-        keeper = self._keeper = LeaseKeeper(
+        keeper = LeaseKeeper(
             store,
             network,
             await backend.prepare(),
@@ -213,21 +247,7 @@ class Daemon:
             on_own=self._memory.keep_lease,
             rng=self._rng,
         )
-        return keeper, backend
-
-    async def _serve(self, backend: Backend, network: NetworkConfig, lease: Lease) -> None:
-        if self._options.iptables_forward_rules and network.network is not None:
-            try:
-                await firewall.ensure_forward(network.network, nftables=network.enable_nftables)
-            except KernelError as error:
-                log.error("Failed to install forward rules: %s", error)  # as flannel: only logged
-        subnetfile.write_subnet_file(
-            self._places.subnet_file, network, lease.key, mtu=backend.mtu, ip_masq=self._options.ip_masq
-        )
-        log.info("Wrote subnet file to %s", self._places.subnet_file)
-        self._started = True
-        systemd.notify(os.environ, READY="1")
-        log.info("Running backend.")
+        return keeper
 
     def _read_network(self, text: bytes) -> tuple[bytes, NetworkConfig]:
         """Parse the net-conf; refuse what is not built yet as early as what is wrong."""
@@ -237,19 +257,12 @@ class Daemon:
         log.info("Found network config - Backend type: %s", network.backend.type)
         return text, network
 
-    async def _choose_underlay(self, netlink: Netlink) -> Underlay:
-        return iface.choose(
-            await netlink.links(),
-            await netlink.addresses(),
-            await netlink.default_routes(),
-            names=self._options.iface,
-            public_ip=IPv4Address(self._options.public_ip) if self._options.public_ip else None,
-        )
-
     def _ready(self) -> bool:
         """Packets can be carried, the peers are known, and our lease is ours."""
-        keeper = self._keeper
-        return self._started and keeper is not None and keeper.synced and keeper.healthy
+        keeper, following = self._keeper, self._following
+        if keeper is None or following is None:
+            return False
+        return following.file_stands and keeper.synced and keeper.healthy
 
     def _status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         document: dict[str, Any] = {

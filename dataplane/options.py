@@ -9,18 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from ipaddress import AddressValueError, IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from dataplane.errors import ConfigError
 from dataplane.path.capability import Capability
+from dataplane.patterns import compile_go
 
 FLANNEL = "flannel's flags"
 OWN = "Loden's own"
 DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 SOURCE_CHECKS = ("strict", "node", "off")
+LOG_FORMATS = ("text", "json")
 
 # strconv.ParseInt with base 0: a leading 0 means octal, and "_" stands only between digits or behind a base prefix
 _GO_INT = re.compile(
@@ -37,7 +39,7 @@ def _flag(
 ) -> Any:  # Any: the same trick as dataclasses.field, whose result stands in for a value of the field's type
     """A field of Options. `commas`: one string that is split, where other tuples are repeatable flags.
 
-    `built=False`: only the default and "switched off" are accepted so far.
+    `built=False`: of Kubernetes, so only the default and "switched off" are accepted so far.
     """
     metadata = {"help": text, "name": name, "group": group, "built": built, "commas": commas}
     return field(default=default, metadata=metadata)
@@ -60,14 +62,14 @@ class Options:
     etcd_username: str = _flag("", "user name at etcd")
     etcd_password: str = _flag("", "password at etcd; FLANNELD_ETCD_PASSWORD keeps it out of the process list")
     iface: tuple[str, ...] = _flag((), "underlay interface, by name or address; repeatable, the first hit wins")
-    iface_regex: tuple[str, ...] = _flag((), "pattern for the underlay interface; repeatable", built=False)
-    iface_can_reach: str = _flag("", "use the interface from which this address is reached", built=False)
+    iface_regex: tuple[str, ...] = _flag((), "pattern (RE2) for the underlay interface's address or name; repeatable")
+    iface_can_reach: str = _flag("", "use the interface from which this address is reached")
     subnet_file: str = _flag(DEFAULT_SUBNET_FILE, "file for this node's subnet; other files go beside it")
     public_ip: str = _flag("", "IPv4 address at which other nodes reach this one (default: the interface's)")
-    public_ipv6: str = _flag("", "IPv6 address at which other nodes reach this one", built=False)
+    public_ipv6: str = _flag("", "IPv6 address at which other nodes reach this one")
     subnet_lease_renew_margin: int = _flag(60, "minutes before its end at which the lease is renewed, 1 to 1439")
-    ip_masq: bool = _flag(False, "masquerade traffic that leaves the overlay", built=False)
-    ip_masq_fully_random_disable: bool = _flag(False, "masquerade without random source ports", built=False)
+    ip_masq: bool = _flag(False, "masquerade traffic that leaves the overlay")
+    ip_masq_fully_random_disable: bool = _flag(False, "masquerade without random source ports")
     kube_subnet_mgr: bool = _flag(False, "take leases from Kubernetes instead of etcd", built=False)
     kube_api_url: str = _flag("", "Kubernetes API server", built=False)
     kube_annotation_prefix: str = _flag("flannel.alpha.coreos.com", "prefix of node annotations", built=False)
@@ -75,14 +77,14 @@ class Options:
     version: bool = _flag(False, "print the version and exit")
     healthz_ip: str = _flag("0.0.0.0", "address of the health server")
     healthz_port: int = _flag(0, "port of the health server, 0 for none")
-    iptables_resync: int = _flag(5, "seconds between two looks at the firewall rules", built=False)
+    iptables_resync: int = _flag(5, "seconds between two looks at the firewall rules")
     iptables_forward_rules: bool = _flag(True, "accept forwarded traffic from and to the overlay in the firewall")
-    ip_blackhole_route: bool = _flag(False, "keep a blackhole route for this node's subnet", built=False)
+    ip_blackhole_route: bool = _flag(False, "keep a blackhole route for this node's subnet")
     net_config_path: str = _flag("/etc/kube-flannel/net-conf.json", "network config in Kubernetes mode", built=False)
     set_node_network_unavailable: bool = _flag(True, "report the node's network to Kubernetes when ready", built=False)
     v: int = _flag(0, "verbosity of the log; 1 and above show debug lines")
-    vmodule: str = _flag("", "verbosity by file, file=N separated by commas", built=False)
-    log_backtrace_at: str = _flag("", "log a stack trace at file:line", name="log_backtrace_at", built=False)
+    vmodule: str = _flag("", "verbosity by source file, as in keeper=1,kernel*=1")
+    log_backtrace_at: str = _flag("", "log a stack trace at file:line", name="log_backtrace_at")
 
     lease_store: str = _flag("", "where leases live: sqlite:///absolute/path, or empty for etcd", group=OWN)
     control_socket: str = _flag("", "Unix socket for the loden command; empty: beside the subnet file", group=OWN)
@@ -94,6 +96,7 @@ class Options:
     tun_tso: bool = _flag(True, "pass TCP superframes through the TUN", group=OWN)
     tun_uso: bool = _flag(True, "pass UDP superframes through the TUN", group=OWN)
     spin: int = _flag(200, "microseconds for which a pump looks again before it sleeps, 0 to 10000", group=OWN)
+    log_format: str = _flag("text", "how log lines look: text (klog's) or json", group=OWN)
     cleanup: bool = _flag(False, "remove what a former daemon left on this node, then exit", group=OWN)
 
     help: bool = False
@@ -287,11 +290,19 @@ def check(options: Options) -> None:
         raise ConfigError(f"invalid -source-check {word}: use one of {', '.join(SOURCE_CHECKS)}")
     if not 0 <= options.spin <= 10_000:
         raise ConfigError(f"invalid -spin {options.spin}: it is in microseconds, from 0 to 10000")
-    if options.public_ip:
+    if options.log_format not in LOG_FORMATS:
+        raise ConfigError(f"invalid -log-format {_quoted(options.log_format)}: use text or json")
+    if options.iptables_resync < 1:
+        raise ConfigError(f"invalid -iptables-resync {options.iptables_resync}: it is in seconds, from 1 up")
+    _check_addresses(options)
+    for pattern in options.iface_regex:
         try:
-            IPv4Address(options.public_ip)
-        except AddressValueError as error:
-            raise ConfigError(f"invalid -public-ip: {error}; use an IPv4 address such as 192.0.2.11") from None
+            compile_go(pattern)
+        except ValueError as error:
+            raise ConfigError(
+                f"invalid -iface-regex {_quoted(pattern)}: could not compile the IP address regex: {error}"
+            ) from None
+    read_vmodule(options.vmodule)
     if options.lease_store and not re.fullmatch(r"sqlite://(/[^/\0]+)+", options.lease_store):
         word = _quoted(options.lease_store)
         raise ConfigError(
@@ -300,7 +311,42 @@ def check(options: Options) -> None:
     for flag in FLAGS.values():
         value = getattr(options, flag.attribute)
         if not flag.built and value is not False and value != flag.default:
-            raise ConfigError(f"-{flag.name} is not built yet in this version: leave it out or at its default")
+            raise ConfigError(
+                f"-{flag.name} is not built yet in this version: it reads leases from etcd or an embedded store, not"
+                " from Kubernetes; leave the flag out, and use -etcd-endpoints"
+            )
+
+
+_ADDRESSES: Mapping[str, tuple[Callable[[str], object], str]] = {
+    "public-ip": (IPv4Address, "an IPv4 address such as 192.0.2.11"),
+    "public-ipv6": (IPv6Address, "an IPv6 address such as 2001:db8::11"),
+    "iface-can-reach": (ip_address, "an address such as 192.0.2.1"),
+}
+
+
+def _check_addresses(options: Options) -> None:
+    for name, (read, example) in _ADDRESSES.items():
+        word = getattr(options, FLAGS[name].attribute)
+        if not word:
+            continue
+        try:
+            read(word)
+            reason = f"a zone is not allowed in {_quoted(word)}" if "%" in word else ""
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            raise ConfigError(f"invalid -{name}: {reason}; use {example}")
+
+
+def read_vmodule(text: str) -> dict[str, int]:
+    """Verbosity by pattern of file names, as klog's -vmodule has it. Raises ConfigError."""
+    levels = {}
+    for item in filter(None, text.split(",")):
+        pattern, equals, level = item.rpartition("=")
+        if not equals or not pattern or not level.isascii() or not level.isdigit():
+            raise ConfigError(f"invalid -vmodule {_quoted(text)}: use file=N separated by commas, as in keeper=1")
+        levels[pattern] = int(level)
+    return levels
 
 
 def describe(options: Options) -> str:

@@ -44,7 +44,7 @@ def test_help_exits_0_and_lists_our_own_flags_apart(word: str) -> None:
         (["-healthz-prot=1"], "healthz-port"),
         (["-v=x"], 'invalid value "x" for flag -v'),
         (["-subnet-lease-renew-margin=1440"], "1439"),
-        (["-ip-masq"], "-ip-masq is not built yet"),
+        (["-iface-regex=("], "could not compile the IP address regex"),
         (["--kube-subnet-mgr"], "-kube-subnet-mgr is not built yet"),
         (["-source-check=lax"], "strict"),
         (["-lease-store=mysql://x"], "sqlite:///"),

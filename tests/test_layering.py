@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dataplane"
 FLOORS = {
     0: [
         "errors",
+        "patterns",
         "kernel.facts",
         "lease.model",
         "lease.store",
@@ -34,12 +35,13 @@ FLOORS = {
         "lease.etcd_wire",
         "backend.base",
         "kernel.rtnetlink",
+        "kernel.rules",
     ],
     2: ["lease.sqlite_database", "lease.etcd_endpoint", "lease.config", "kernel.*"],
     3: ["path.datapath", "lease.sqlite", "lease.etcd", "lease.keeper"],
     4: ["backend.*", "debug.status"],
     5: ["debug.control"],
-    6: ["daemon", "parts", "memory", "cleanup", "klog", "health", "systemd"],
+    6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "klog", "health", "systemd"],
     7: ["lab.*"],
     8: ["bench.*"],
     9: ["cli.*"],

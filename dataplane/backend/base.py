@@ -80,6 +80,10 @@ class Backend(Protocol):
     async def apply(self, events: Sequence[LeaseEvent]) -> None:
         """Follow the peers' leases. Applying the same events twice changes nothing."""
 
+    async def move(self, facing: Underlay) -> LeaseAttrs:
+        """The underlay's interface, address, public IP or MTU has changed: follow it, without losing inner connections,
+        and say what the lease shall say now. Raises KernelError, and then goes on as before where it can."""
+
     def status(self) -> BackendStatus:
         """As of now; before attach everything is 0 and empty."""
 

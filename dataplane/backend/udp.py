@@ -91,17 +91,18 @@ class UdpBackend:
 
     async def prepare(self) -> LeaseAttrs:
         """Takes the port."""
-        self._socket = underlay.open_udp(
-            self._facing.address,
-            self._port,
-            interface=self._facing.name,
-            links=await self._netlink.links(),
-            wanted=self._wanted,
-        )
-        for note in self._socket.notes:
-            log.warning("%s", note)
+        self._socket = await self._bind(self._facing)
         self._icmp = underlay.open_icmp()
         return LeaseAttrs(public_ip=self._facing.public_ip)
+
+    async def _bind(self, facing: Underlay) -> underlay.UdpSocket:
+        links = await self._netlink.links()
+        bound = underlay.open_udp(
+            facing.address, self._port, interface=facing.name, links=links, wanted=self._wanted
+        )
+        for note in bound.notes:
+            log.warning("%s", note)
+        return bound
 
     async def attach(self, lease: Lease) -> None:
         self._subnet = lease.key.subnet
@@ -124,6 +125,22 @@ class UdpBackend:
                 self._remove_route(subnet)
             else:
                 self._set_route(subnet, event.lease.attrs.public_ip)
+
+    async def move(self, facing: Underlay) -> LeaseAttrs:
+        """Device, address and route stay, so inner connections lose what comes while the pumps change sockets."""
+        if facing.address != self._facing.address:
+            fresh = await self._bind(facing)
+            if self._path is not None:
+                await self._path.stop()
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = fresh
+            if self._path is not None:
+                self._start_path()
+        self._facing = facing
+        if self._tun is not None:
+            await self._netlink.ensure_link_up(self._tun.name, mtu=self.mtu)
+        return LeaseAttrs(public_ip=facing.public_ip)
 
     def status(self) -> BackendStatus:
         statistics = self._path.statistics() if self._path else None
@@ -186,6 +203,13 @@ class UdpBackend:
         await self._netlink.ensure_link_up(self._device, mtu=self.mtu, txqueuelen=TX_QUEUE_PACKETS)
         self._tun = dataclasses.replace(self._tun, granted=tun.takes_superframes(self._tun))
         await self._netlink.ensure_route(self._network, self._device)
+        self._start_path()
+        log.info("Carrying %s through %s, MTU %d, port %d", self._network, self._device, self.mtu, self._port)
+        log.info("Capabilities: %s", ", ".join(f"{c.word} {self._state_of(c)}" for c in Capability))
+
+    def _start_path(self) -> None:
+        if self._tun is None or self._socket is None or self._icmp is None or self._subnet is None:
+            raise RuntimeError("the device comes before the path")
         self._path = Datapath(
             self._tun.fd,
             self._socket.fd,
@@ -201,8 +225,6 @@ class UdpBackend:
         for subnet, peer in self._routes.items():
             self._set_route(subnet, peer)
         self._path.start()
-        log.info("Carrying %s through %s, MTU %d, port %d", self._network, self._device, self.mtu, self._port)
-        log.info("Capabilities: %s", ", ".join(f"{c.word} {self._state_of(c)}" for c in Capability))
 
     def _granted(self) -> frozenset[Capability]:
         return (self._tun.granted if self._tun else frozenset()) | (

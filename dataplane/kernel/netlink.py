@@ -42,6 +42,7 @@ R = TypeVar("R")
 RT_TABLE_MAIN = 254
 RT_SCOPE_UNIVERSE = 0
 RTPROT_BOOT = 3
+RTN_BLACKHOLE = 6
 IFA_F_NODAD = 0x02
 NLM_F_DUMP_INTR = 0x10
 
@@ -200,6 +201,34 @@ class Netlink:
         return True
 
     @_in_worker
+    def ensure_blackhole(self, destination: IPv4Network | IPv6Network) -> bool:
+        """Let the main table drop what it has no longer route for inside `destination`; True if it did not.
+
+        Raises KernelError where a route to just this destination stands, as that of a bridge with pods.
+        """
+        if self._has_blackhole(destination):
+            return False
+        for route in self._routes(destination):
+            raise KernelError(
+                f"cannot add route blackhole {destination}: {self._holder(route)} holds that destination already;"
+                " where a bridge has it, -ip-blackhole-route is of no use"
+            )
+        with translated(f"add route blackhole {destination}"):
+            self._socket.route(
+                "add", dst=str(destination), type="blackhole", proto=RTPROT_BOOT, table=RT_TABLE_MAIN
+            )
+        return True
+
+    @_in_worker
+    def remove_blackhole(self, destination: IPv4Network | IPv6Network) -> bool:
+        """Remove that blackhole only; False where there is none."""
+        if not self._has_blackhole(destination):
+            return False
+        with translated(f"remove route blackhole {destination}"):
+            self._socket.route("del", dst=str(destination), type="blackhole", table=RT_TABLE_MAIN)
+        return True
+
+    @_in_worker
     def has_vxlan(self) -> bool:
         """Whether this kernel can make vxlan devices; its module is loaded on the way, and no device is made."""
         try:
@@ -274,6 +303,14 @@ class Netlink:
         with translated(f"remove device {name}"):
             self._socket.link("del", index=link.index)
         return True
+
+    def _has_blackhole(self, destination: IPv4Network | IPv6Network) -> bool:
+        family = family_of(destination.version)
+        with translated(f"list routes to {destination}"):
+            messages = self._dump(self._socket.route, family=family, table=RT_TABLE_MAIN, type=RTN_BLACKHOLE)
+        # the kernel ignores the type as a selection where it does not check strictly
+        found = (m for m in messages if m["type"] == RTN_BLACKHOLE and m["dst_len"] == destination.prefixlen)
+        return any(route_of(message).destination == destination for message in found)
 
     def _find(self, name: str) -> Link | None:
         try:

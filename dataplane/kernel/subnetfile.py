@@ -73,18 +73,20 @@ def write_subnet_file(path: str, config: NetworkConfig, key: LeaseKey, *, mtu: i
     _replace(path, render(config, key, mtu=mtu, ip_masq=ip_masq), 0o644)
 
 
-def read_previous(path: str) -> LeaseKey | None:
-    """The subnet that an earlier daemon, ours or flannel's, wrote to subnet.env; None where there is no clear one."""
+def read_values(path: str) -> dict[str, str]:
+    """The variables of a subnet.env, ours or flannel's; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
             text = file.read(_MAX_BYTES).decode()
     except (OSError, ValueError):
-        return None
-    values = {}
-    for line in text.splitlines():
-        match = _ASSIGNMENT.fullmatch(line)
-        if match is not None:
-            values[match[1]] = _unquoted(match[2])
+        return {}
+    matches = map(_ASSIGNMENT.fullmatch, text.splitlines())
+    return {match[1]: _unquoted(match[2]) for match in matches if match is not None}
+
+
+def read_previous(path: str) -> LeaseKey | None:
+    """The subnet that an earlier daemon, ours or flannel's, wrote to subnet.env; None where there is no clear one."""
+    values = read_values(path)
     subnet = _only_one(values.get("FLANNEL_SUBNET", ""), IPv4Network)
     subnet_v6 = _only_one(values.get("FLANNEL_IPV6_SUBNET", ""), IPv6Network)
     try:
@@ -93,6 +95,25 @@ def read_previous(path: str) -> LeaseKey | None:
     except LeaseInvalid:
         return None
     return key if key.subnets else None
+
+
+def read_networks(path: str) -> list[tuple[IPv4Network, IPv4Network] | tuple[IPv6Network, IPv6Network]]:
+    """The (network, subnet) of each family that an earlier daemon wrote to subnet.env."""
+    values = read_values(path)
+    v4 = (
+        _only_one(values.get("FLANNEL_NETWORK", ""), IPv4Network),
+        _only_one(values.get("FLANNEL_SUBNET", ""), IPv4Network),
+    )
+    v6 = (
+        _only_one(values.get("FLANNEL_IPV6_NETWORK", ""), IPv6Network),
+        _only_one(values.get("FLANNEL_IPV6_SUBNET", ""), IPv6Network),
+    )
+    found: list[tuple[IPv4Network, IPv4Network] | tuple[IPv6Network, IPv6Network]] = []
+    if v4[0] is not None and v4[1] is not None:
+        found.append((v4[0], v4[1]))
+    if v6[0] is not None and v6[1] is not None:
+        found.append((v6[0], v6[1]))
+    return found
 
 
 def _unquoted(value: str) -> str:
