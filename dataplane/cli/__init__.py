@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from dataplane.cli import bench, demo, lab, net_conf, version
+from dataplane.cli import bench, demo, lab, migrate, net_conf, systemd_unit, version
 from dataplane.errors import LodenError
 
 
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add(lab_verbs)
     bench.add(verbs)
     net_conf.add(verbs)
+    migrate.add(verbs)
+    systemd_unit.add(verbs)
     version.add(verbs)
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _leave)

@@ -73,6 +73,11 @@ def write_subnet_file(path: str, config: NetworkConfig, key: LeaseKey, *, mtu: i
     _replace(path, render(config, key, mtu=mtu, ip_masq=ip_masq), 0o644)
 
 
+def write_text(path: str, text: str) -> None:
+    """Put a file for others in place in one step, readable by all. Raises KernelError; an old one then still stands."""
+    _replace(path, text.encode(), 0o644)
+
+
 def read_values(path: str) -> dict[str, str]:
     """The variables of a subnet.env, ours or flannel's; none where it cannot be read."""
     try:

@@ -161,6 +161,14 @@ def _reason(error: OSError, address: IPv4Address, port: int, interface: str, lin
     return str(error.strerror)
 
 
+def port_holder(port: int, links: Sequence[Link]) -> str:
+    """Who has a UDP port of any address of this node, as far as that can be seen; empty where nobody has."""
+    if not _bound_to(port) and not any(link.udp_port == port and link.up for link in links):
+        return ""
+    addresses = [address for _, address in _bound_to(port)] or [IPv4Address(0)]
+    return _holder(addresses[0], port, links)
+
+
 def _holder(address: IPv4Address, port: int, links: Sequence[Link]) -> str:
     inodes = {inode for inode, bound in _bound_to(port) if bound in (address, IPv4Address(0))}
     for process in Path("/proc").glob("[0-9]*"):
