@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from random import Random
 from typing import TYPE_CHECKING, Protocol
@@ -91,6 +92,21 @@ class Surveyor:
             return None  # no way to it now: the choice says so
 
 
+class Looker(Protocol):
+    """Surveyor, as far as it is needed to follow."""
+
+    @property
+    def minds_routes(self) -> bool: ...
+
+    async def again(self, current: Underlay) -> Underlay: ...
+
+
+class Listener(Protocol):
+    """What hears the kernel's news until it is closed."""
+
+    def close(self) -> None: ...
+
+
 class Mover(Protocol):
     """Who has to follow; see `backend.base.Backend.move` and `LeaseKeeper.change_attrs`."""
 
@@ -105,14 +121,18 @@ class Following:
 
     def __init__(
         self,
-        surveyor: Surveyor,
+        surveyor: Looker,
         facing: Underlay,
         backend: Mover,
         *,
         publish: Callable[[LeaseAttrs], Awaitable[None]],
         rewrite: Callable[[], None],
         rng: Random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        listen: Callable[[Callable[[KernelEvent], None]], Listener] | None = None,
     ) -> None:
+        self._sleep = sleep
+        self._listen = listen or partial(events.KernelEvents.open, events.UNDERLAY)
         self._surveyor = surveyor
         self._facing = facing
         self._backend = backend
@@ -134,7 +154,7 @@ class Following:
         return self._facing
 
     async def run(self) -> None:
-        listener = events.KernelEvents.open(events.UNDERLAY, self._on_event)
+        listener = self._listen(self._on_event)
         try:
             # what changed between the choice and this listener made no event for us
             self._news.set()
@@ -166,7 +186,7 @@ class Following:
         latest = time.monotonic() + MOST_SETTLE_SECONDS
         while self._news.is_set() and time.monotonic() < latest:
             self._news.clear()
-            await asyncio.sleep(SETTLE_SECONDS)
+            await self._sleep(SETTLE_SECONDS)
         self._news.clear()
 
     async def _step(self) -> bool:
@@ -174,7 +194,7 @@ class Following:
         try:
             chosen = await self._surveyor.again(self._facing)
             if chosen != self._facing:
-                await asyncio.sleep(CONFIRM_SECONDS)
+                await self._sleep(CONFIRM_SECONDS)
                 if await self._surveyor.again(self._facing) != chosen:
                     self._news.set()
                     return False
@@ -219,7 +239,7 @@ class Following:
         if now - self._moved_at > CALM_SECONDS:
             self._pause.reset()
         self._moved_at = now
-        await asyncio.sleep(self._pause.next())
+        await self._sleep(self._pause.next())
 
     def _complain(self, text: str, error: LodenError) -> None:
         if self._gate.passes(str(error), time.monotonic()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -141,3 +142,68 @@ def test_after_a_kill_the_next_start_succeeds_in_the_same_place(tmp_path: Path) 
     assert second.until_it_answers()["pid"] == second.process.pid
     second.process.terminate()
     assert second.process.wait(10) == 0
+
+
+# --- the command lines that guides and scripts use ------------------------------------------------------------
+
+
+def understood(*arguments: str, **environment: str) -> bool:
+    """Whether a command line gets as far as asking for the control socket: every flag was read by then."""
+    done = flanneld(*arguments, "--subnet-file=/proc/no/place/subnet.env", **environment)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1, done.stderr
+    return "CLI flags config: {" in done.stderr and "/proc/no/place" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # each as it stands in a guide, a unit or a manifest; the places are examples' own
+        "-etcd-endpoints=http://192.0.2.1:2379 -etcd-prefix=/coreos.com/network",
+        "--etcd-endpoints=http://192.0.2.1:4001,http://192.0.2.2:4001 --etcd-prefix=/docker_overlay/network",
+        "-etcd-endpoints https://192.0.2.1:2379 -etcd-cafile=/ca.pem -etcd-certfile=/c.pem -etcd-keyfile=/k -ip-masq",
+        "--ip-masq --iface=eth1",
+        "--ip-masq=true --iface=192.0.2.5 --public-ip=198.51.100.7",
+        "-ip-masq -iface=eth0 -iface=eth1 -iface-regex=^192\\.168\\. -iface-can-reach=192.0.2.1",
+        "--ip-masq --iptables-forward-rules=false --iptables-resync=10",
+        "--subnet-lease-renew-margin=120 --healthz-ip=127.0.0.1 --healthz-port=8471",
+        "--etcd-username=root --etcd-password=secret --v=10",
+        "-v 4 -vmodule=keeper=2 -log_backtrace_at=keeper.py:1",
+        "--public-ipv6=2001:db8::7 --ip-blackhole-route --ip-masq-fully-random-disable",
+        "-kube-subnet-mgr=false -set-node-network-unavailable=false",
+    ],
+)
+def test_a_command_line_of_flannels_is_swapped_by_path_alone(line: str) -> None:
+    assert understood(*line.split())
+    one, two = line.replace("--", "-"), line.replace("--", "-").replace(" -", " --").replace("-", "--", 1)
+    assert understood(*one.split())
+    assert understood(*two.split())
+
+
+def test_a_units_variables_are_understood_as_flannels() -> None:
+    variables = {
+        "FLANNELD_ETCD_ENDPOINTS": "http://192.0.2.1:2379",
+        "FLANNELD_ETCD_PREFIX": "/coreos.com/network",
+        "FLANNELD_IP_MASQ": "true",
+        "FLANNELD_IFACE": "eth1",
+        "FLANNELD_V": "2",
+    }
+    assert understood(**variables)
+
+
+def test_the_password_is_not_logged() -> None:
+    done = flanneld("--etcd-password=hunter2", "--subnet-file=/proc/no/place/subnet.env")
+    assert "CLI flags config" in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_json_lines_are_json_from_the_first_to_the_last(tmp_path: Path) -> None:
+    done = flanneld("--log-format=json", f"--lease-store=sqlite://{tmp_path}", f"--subnet-file={tmp_path}/s.env")
+    assert done.returncode == 1
+    messages = [json.loads(line)["msg"] for line in done.stderr.splitlines()]
+    assert messages[0].startswith("CLI flags config")
+
+
+def test_upstream_ends_with_0_on_a_wrong_flag_and_we_do_not() -> None:
+    """Its supervisors see success: facts 1.1, and 14 number 6."""
+    assert flanneld("-etcd-endpiont=http://192.0.2.1:2379").returncode == 2
