@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import platform
+import re
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -70,7 +71,8 @@ def _of_command(found: Found | None) -> Iterator[Finding]:
     if found is None:
         yield Finding("command", DIFFERS, "no flanneld runs here and no unit starts one: checked with default flags")
         return
-    line = " ".join(["flanneld", *found.words])
+    # the output goes into tickets, which a password shall not
+    line = re.sub(r"(-etcd-password[= ])\S+", r"\1***", " ".join(["flanneld", *found.words]))
     yield Finding("command", DIFFERS if found.ours else OK, f"{found.where}{' (Loden)' * found.ours}: {line}")
     for name, value in sorted(found.environ.items()):
         shown = "***" if "PASSWORD" in name else value

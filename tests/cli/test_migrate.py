@@ -91,7 +91,7 @@ def check(node: Namespace, *flags: str) -> tuple[int, dict[str, list[str]]]:
 
 def everything(node: Namespace, etcd: EtcdServer, place: Path) -> list[str]:
     """Whatever a check could have changed."""
-    looks = [["ip", "addr"], ["ip", "route"], ["nft", "list", "ruleset"]]
+    looks = [["ip", "-4", "addr"], ["ip", "route"], ["nft", "list", "ruleset"]]
     listed = [node.command(*argv).stdout for argv in looks]
     return [*listed, etcd.etcdctl("get", "--prefix", "", "-w", "json"), *sorted(map(str, place.rglob("*")))]
 
@@ -149,6 +149,14 @@ def test_what_keeps_a_node_from_being_swapped(
     code, found = check(node, f"-etcd-endpoints={etcd.url}", f"-subnet-file={tmp_path}/subnet.env", *flags)
     assert code == 1
     assert any(line.startswith("blocked: ") and text in line for line in found[area]), found
+
+
+@pytest.mark.netns
+def test_no_password_is_shown(node: Namespace, tmp_path: Path) -> None:
+    for password in (["--etcd-password=hunter2"], ["-etcd-password", "hunter2"]):
+        _, found = check(node, *password, "-kube-subnet-mgr", f"-subnet-file={tmp_path}/s.env")
+        assert "-etcd-password" in found["command"][0]
+        assert "hunter2" not in str(found)
 
 
 @pytest.mark.netns

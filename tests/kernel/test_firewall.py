@@ -215,7 +215,7 @@ def test_spoiled_iptables_rules_are_put_right(ns: Namespace, spoiled: str) -> No
     ],
 )
 def test_spoiled_nftables_rules_are_put_right(ns: Namespace, spoiled: str) -> None:
-    """Upstream sets its nftables rules once and never looks again."""
+    """Upstream sets its nftables rules once and never looks again: facts 14 number 10."""
     ensure(ns, V4, nftables=True)
     good = sorted(ruleset(ns).splitlines())
     ns.command("nft", "-f", "-", stdin=spoiled + "\n")
@@ -279,7 +279,7 @@ def test_rules_of_others_stay_and_stand_before_ours(ns: Namespace) -> None:
 
 
 def test_a_rule_of_others_that_jumps_to_our_chain_keeps_the_chain_but_nothing_in_it(ns: Namespace) -> None:
-    """Upstream cannot delete a chain that is jumped to, and looks for this one in the wrong table."""
+    """Upstream cannot delete a chain that is jumped to, and looks for it in the wrong table: facts 14 number 10."""
     ensure(ns, V4, nftables=False)
     ns.command("iptables", "-I", "FORWARD", "-s", "198.18.0.0/15", "-j", "FLANNEL-FWD")
     assert remove(ns, 4, nftables=False)
@@ -421,7 +421,8 @@ def test_each_packet_keeps_or_changes_its_source_as_it_should(stand: Stand, nfta
 @both_engines
 def test_the_host_reaches_pods_of_other_nodes(stand: Stand, nftables: bool) -> None:
     """Upstream's nftables rules leave the host's own address on such packets, to which the other node has no way
-    back through the overlay. Here the host sends from the address of its outside, as for a NodePort."""
+    back through the overlay (facts 14 number 10). Here the host sends from the address of its outside, as for a
+    NodePort."""
     route = [str(FAMILY[stand.version].network), "via", stand.of("peer, overlay"), "src", stand.of("node")]
     stand.node.command("ip", f"-{stand.version}", "route", "replace", *route)
     assert stand.seen(stand.node, stand.peer, "pod of peer") == stand.of("node")

@@ -97,6 +97,19 @@ def test_cleanup_takes_everything_away(make_lab: MakeLab, config: dict[str, obje
     assert lab.run("n1", ["ip", "link", "show", "flannel0"], check=False).returncode != 0
 
 
+def test_nftables_need_no_iptables(make_lab: MakeLab, tmp_path: Path) -> None:
+    """Upstream's clean-up of the other engine ends a start where its programs are missing: facts 14 number 10."""
+    lab = make_lab(1)
+    node = restarted(lab, config=NFTABLES)
+    node.stop_daemon()
+    (tmp_path / "nft").symlink_to("/usr/sbin/nft")
+    with lab.open_process("n1", ["env", f"PATH={tmp_path}", *node.daemon_argv("-ip-masq")]) as daemon:
+        until("it is ready", lambda: (node.status() or {}).get("ready"))
+        assert "masquerade fully-random" in rules(lab)
+        daemon.terminate()
+        assert daemon.wait(30) == 0
+
+
 def test_without_the_tool_masquerading_ends_the_start_and_forwarding_does_not(make_lab: MakeLab) -> None:
     lab = make_lab(1)
     node = lab.node("n1")
