@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dataplane.backend.base import Underlay
 from dataplane.errors import ConfigError, KernelError, LodenError
-from dataplane.kernel import events, iface
+from dataplane.kernel import connections, events, iface
 from dataplane.kernel.facts import KernelEvent, LinkEvent, NeighbourEvent, Route, RouteEvent
 from dataplane.lease.model import LeaseAttrs
 from dataplane.lease.retry import Backoff, LogGate
@@ -67,6 +67,10 @@ class Surveyor:
         around = await self._around()
         return iface.stay(current, iface.choose(self._wanted, around, level=logging.DEBUG), around)
 
+    async def has(self, address: IPv4Address | IPv6Address) -> bool:
+        """Whether the node has that address."""
+        return any(each.interface.ip == address for each in await self._netlink.addresses())
+
     @property
     def minds_routes(self) -> bool:
         """Whether a route that is no default route can change the choice."""
@@ -99,6 +103,8 @@ class Looker(Protocol):
     def minds_routes(self) -> bool: ...
 
     async def again(self, current: Underlay) -> Underlay: ...
+
+    async def has(self, address: IPv4Address | IPv6Address) -> bool: ...
 
 
 class Listener(Protocol):
@@ -213,6 +219,9 @@ class Following:
     async def _move(self, chosen: Underlay) -> None:
         log.warning("The underlay of this node has changed: %s", _difference(self._facing, chosen))
         attrs = await self._backend.move(chosen)
+        for address in (self._facing.address, self._facing.address_v6):
+            if address is not None and not await self._surveyor.has(address):
+                connections.hang_up(address)  # the store's client would wait seconds for its dead connection
         self._facing = chosen
         self.moves += 1
         await self._publish(attrs)

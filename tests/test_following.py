@@ -46,6 +46,9 @@ class Node:
             raise answer
         return answer
 
+    async def has(self, _address: object) -> bool:
+        return True
+
     async def move(self, facing: Underlay) -> LeaseAttrs:
         self._fail("move")
         self.moved.append(facing)
