@@ -22,11 +22,13 @@ from dataplane.path.wire import checksum
 LOOKUPS = 1 << 18
 SEGMENTS, MSS = 44, 1432
 _SEED = 1
+MAPPED = bytes(10) + b"\xff\xff"
 
 
 def _change(subnet: int, length: int, slot: int) -> bytes:
     mask = 0xFFFF_FFFF << (32 - length) & 0xFFFF_FFFF
-    record = struct.pack("=6I", subnet & mask, mask, 0xC612_0000 + slot % 65_536, slot, 0, 0)
+    prefix, peer = MAPPED + (subnet & mask).to_bytes(4), MAPPED + (0xC612_0000 + slot % 65_536).to_bytes(4)
+    record = struct.pack("=16s16sIHBB6s2x", prefix, peer, slot, 0, 96 + length, 0, bytes(6))
     assert len(record) == _fib.CHANGE_BYTES
     return record
 
@@ -56,7 +58,7 @@ def table(request: pytest.FixtureRequest) -> tuple[_fib.Fib, bytes]:
     for _ in range(LOOKUPS):
         subnet, length = generator.choice(prefixes)
         hits.append(subnet | generator.getrandbits(32 - length) if length < 32 else subnet)
-    assert fib.lookup(hits[0]) is not None
+    assert fib.lookup(hits[0].to_bytes(4)) is not None
     return fib, struct.pack(f"={LOOKUPS}I", *hits)
 
 
@@ -64,7 +66,7 @@ def test_fib_lookup(benchmark: Any, table: tuple[_fib.Fib, bytes]) -> None:
     fib, destinations = table
     wanted = 0
     for destination in struct.unpack("=1000I", destinations[:4000]):
-        hit = fib.lookup(destination)
+        hit = fib.lookup(destination.to_bytes(4))
         assert hit is not None
         wanted += hit[3]
     assert fib.lookup_many(destinations[:4000]) == wanted

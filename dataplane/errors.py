@@ -57,7 +57,7 @@ class DropReason(IntEnum):
     NOT_IP = 1
     """The first nibble is no IP version that is carried, or the header is shorter than its version's least."""
     LENGTH = 2
-    """RX: the inner header or total length is longer than the datagram."""
+    """RX: the inner header or total length is longer than the datagram, or a header is cut off."""
     UNKNOWN_PEER = 3
     """RX: the outer source is no node that holds a lease."""
     SPOOFED_SOURCE = 4
@@ -70,3 +70,22 @@ class DropReason(IntEnum):
     """TX: the kernel handed over a superframe, or an unfinished checksum, that cannot be what it says."""
     PATH_MTU = 8
     """TX: the packet forbids fragmentation and is longer than the path to the peer takes; its sender is told."""
+    NO_VNI = 9
+    """RX, VXLAN: the flag that says that there is a VNI is not set (RFC 7348 section 5)."""
+    FOREIGN_VNI = 10
+    """RX, VXLAN: the datagram belongs to another virtual network."""
+    RESERVED_BITS = 11
+    """RX, VXLAN: a reserved bit is set, so it may be another protocol's; the kernel's device drops it too."""
+    OWN_MAC = 12
+    """RX, VXLAN: the frame bears our own MAC as its source: a loop."""
+    OTHER_MAC = 13
+    """RX, VXLAN: the frame is for another MAC; a peer has an old VtepMAC of ours, or floods."""
+    PEER_MAC = 14
+    """RX, VXLAN: the frame's source is not the VtepMAC in the lease of the sending node."""
+    VLAN = 15
+    """RX, VXLAN: the frame has a VLAN tag."""
+    ETHERTYPE = 16
+    """RX, VXLAN: the frame carries something else than the IP version of this device, such as ARP."""
+    ECN = 17
+    """RX, VXLAN: the underlay marked congestion on a packet whose ends do not understand that (RFC 6040 section
+    4.2)."""

@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv4Address, IPv4Network
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING, Any
 
-from dataplane._engine import Engine
+from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
 from dataplane.errors import DropReason, KernelError
 from dataplane.path.capability import Capability
@@ -35,7 +35,11 @@ STOP_SECONDS = 5.0
 MAX_ROUTES = 1 << 18
 """Counter slots; memory that no peer uses is never touched."""
 
-_CHANGE = struct.Struct("=6I")
+_CHANGE = struct.Struct("=16s16sIHBB6s2x")
+"""See dataplane._fib.Fib.updated."""
+
+_MAPPED = IPv6Network("::ffff:0:0/96")
+"""Where IPv4 lies in the path's tables (RFC 4291 section 2.5.5.2)."""
 
 
 class SourceCheck(IntEnum):
@@ -57,15 +61,16 @@ class PathEventKind(IntEnum):
     SEND_FAILED = 2
     TOO_LONG = 3
     CAPABILITY_LOST = 4
+    SUPERFRAME = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PathEvent:
     """`address` is the outer address it is about; `value` an errno; a number of datagrams for UNKNOWN_SOURCE,
-    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST."""
+    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST, bytes of the packet for SUPERFRAME."""
 
     kind: PathEventKind
-    address: IPv4Address
+    address: IPv4Address | IPv6Address
     value: int
 
 
@@ -73,8 +78,8 @@ class PathEvent:
 class RouteCounters:
     """Inner packets and bytes to and from one peer; `*_last` in monotonic milliseconds, 0 for never."""
 
-    subnet: IPv4Network
-    address: IPv4Address
+    subnet: IPv4Network | IPv6Network
+    address: IPv4Address | IPv6Address
     tx_packets: int
     tx_bytes: int
     tx_last: int
@@ -93,54 +98,94 @@ class PathStatistics:
     routes: tuple[RouteCounters, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """The UDP sockets, as descriptors: where datagrams come in, and those that they leave by (none: the same one).
+
+    `port`: where peers listen.
+    """
+
+    receiver: int
+    port: int
+    senders: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IcmpSender:
+    """A raw socket that takes whole packets, and our address in the errors that leave by it."""
+
+    fd: int
+    source: IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Vxlan:
+    """Packets travel in VXLAN frames: our network's number, our VTEP's MAC, and the one IP version inside."""
+
+    vni: int
+    mac: bytes
+    version: int
+
+
 @dataclass(slots=True)
 class _Route:
-    address: IPv4Address
+    address: IPv4Address | IPv6Address
     slot: int
+    mac: bytes
     mtu: int = 0
 
 
 class Datapath:
-    """The packet path of a TUN, a UDP and a raw socket, which stay the caller's to close, after `stop`."""
+    """The packet path of a TUN, its UDP and raw sockets, which stay the caller's to close, after `stop`.
+
+    A datagram's payload is a packet as it is, unless `vxlan` says otherwise.
+    """
 
     def __init__(
         self,
         tun: int,
-        udp: int,
-        icmp: int,
+        outer: Outer,
+        icmp: Collection[IcmpSender] = (),
         *,
-        port: int,
-        icmp_source: IPv4Address,
+        mtu: int,
         source_check: SourceCheck,
+        vxlan: Vxlan | None = None,
         capabilities: Collection[Capability] = (),
         run_datagrams: int = 1,
         spin: float = 0.0,
         on_event: Callable[[PathEvent], None],
     ) -> None:
-        """`port`: where peers listen. `icmp_source`: our address in the errors that pods get.
+        """`icmp`: at most one for each IP version; of one that is missing, pods get no errors.
 
-        These go out through `icmp`: through the TUN the kernel would drop them as martians, since that address is
-        its own. `capabilities`: which of them the descriptors were granted; `run_datagrams`: how many the socket cuts
-        out of one send. `spin`: seconds for which a pump that has just carried something looks again before it
-        sleeps.
+        These do not go through the TUN: the kernel would drop them as martians, since their source is its own address.
+        `mtu`: the TUN's. `capabilities`: which of them the descriptors were granted; `run_datagrams`: how many the
+        kernel cuts out of one send. `spin`: seconds for which a pump that has just carried something looks again
+        before it sleeps.
         """
+        errors: dict[str, Any] = {}
+        for sender in icmp:
+            version = sender.source.version
+            errors |= {f"icmp_v{version}": sender.fd, f"icmp_source_v{version}": sender.source.packed}
+        frames: dict[str, Any] = {"vni": vxlan.vni, "mac": vxlan.mac, "version": vxlan.version} if vxlan else {}
         self._engine = Engine(
             tun,
-            udp,
-            icmp,
-            port=port,
-            icmp_source=int(icmp_source),
+            outer.receiver,
+            _senders(outer),
+            port=outer.port,
             source_check=source_check,
             slots=MAX_ROUTES,
             run_datagrams=run_datagrams if Capability.UDP_SEGMENT in capabilities else 1,
             merge_tcp=Capability.TUN_TSO in capabilities,
             merge_udp=Capability.TUN_USO in capabilities,
             spin_ns=round(spin * 1e9),
+            mtu=mtu,
+            **errors,
+            **frames,
         )
         self._on_event = on_event
         self._fib = Fib()
-        self._routes: dict[IPv4Network, _Route] = {}
-        self._changes: dict[IPv4Network, bytes] = {}
+        self._routes: dict[IPv4Network | IPv6Network, _Route] = {}
+        self._changes: dict[IPv4Network | IPv6Network, bytes] = {}
         self._leaving_slots: list[int] = []
         self._retired_slots: list[tuple[int, list[int]]] = []
         self._free_slots: list[int] = []
@@ -155,28 +200,31 @@ class Datapath:
         self._loop = asyncio.get_running_loop()
         self.publish()  # what waits in the queues already is for routes that were set already
         self._loop.add_reader(self._engine.event_fd, self._read_events)
-        for name, body in (("loden-tx", self._engine.transmit), ("loden-rx", self._engine.receive)):
-            thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._start_pumps()
 
-    def set_route(self, subnet: IPv4Network, address: IPv4Address) -> None:
-        """Packets for `subnet` go to the peer at `address`. Raises KernelError where there is no room for a route."""
+    def set_route(
+        self, subnet: IPv4Network | IPv6Network, address: IPv4Address | IPv6Address, mac: bytes = b""
+    ) -> None:
+        """Packets for `subnet` go to the peer at `address`, in frames to `mac`. Raises KernelError where there is no
+        room for a route, or the subnet lies where the path keeps IPv4."""
+        if subnet.version == 6 and subnet.subnet_of(_MAPPED):
+            raise KernelError(f"no route to {subnet}: IPv6 addresses in {_MAPPED} stand for IPv4 ones")
         route = self._routes.get(subnet)
         if route is None:
-            route = self._routes[subnet] = _Route(address, self._take_slot(subnet))
+            route = self._routes[subnet] = _Route(address, self._take_slot(subnet), mac)
         if route.address != address:
             route.address, route.mtu = address, 0
+        route.mac = mac
         self._change(subnet, route)
 
-    def set_path_mtu(self, address: IPv4Address, mtu: int) -> None:
+    def set_path_mtu(self, address: IPv4Address | IPv6Address, mtu: int) -> None:
         """Inner packets to the peer at `address` may have `mtu` bytes; 0 for as many as ours may have."""
         for subnet, route in self._routes.items():
             if route.address == address and route.mtu != mtu:
                 route.mtu = mtu
                 self._change(subnet, route)
 
-    def remove_route(self, subnet: IPv4Network) -> None:
+    def remove_route(self, subnet: IPv4Network | IPv6Network) -> None:
         """Packets for `subnet` have nowhere to go; a subnet that has no route is no error."""
         route = self._routes.pop(subnet, None)
         if route is not None:
@@ -212,15 +260,39 @@ class Datapath:
             ),
         )
 
+    def set_segment_mtu(self, mtu: int) -> None:
+        """What pods take: kernel VTEPs hand over TCP superframes that do not say how they are to be cut. A SUPERFRAME
+        event asks for this every few seconds while such come; without, it is the MTU of the TUN."""
+        self._engine.set_segment_mtu(mtu)
+
+    async def rewire(self, outer: Outer, mtu: int) -> None:
+        """Go on with other sockets and another MTU; routes and counters stay. Between the pumps' end and their new
+        start packets wait in the TUN's queue and in the sockets."""
+        running = bool(self._threads)
+        await self._stop_pumps()
+        self._engine.rewire(outer.receiver, _senders(outer), outer.port, mtu)
+        if running:
+            self._start_pumps()
+
     async def stop(self) -> None:
         """Stop and join both pumps; afterwards nothing uses the descriptors. Safe to call twice."""
         for timer in (self._publish_timer, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
         self._publish_timer = self._sweep_timer = None
+        if self._threads:
+            self._loop.remove_reader(self._engine.event_fd)
+        await self._stop_pumps()
+
+    def _start_pumps(self) -> None:
+        for name, body in (("loden-tx", self._engine.transmit), ("loden-rx", self._engine.receive)):
+            thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    async def _stop_pumps(self) -> None:
         if not self._threads:
             return
-        self._loop.remove_reader(self._engine.event_fd)
         self._engine.stop()
         threads, self._threads = self._threads, []
         for thread in threads:
@@ -228,13 +300,18 @@ class Datapath:
             if thread.is_alive():
                 raise KernelError(f"the pump {thread.name} did not stop within {STOP_SECONDS:.0f} s")
 
-    def _change(self, subnet: IPv4Network, route: _Route | None) -> None:
-        words = (int(route.address), route.slot, route.mtu, 0) if route else (0, 0, 0, 1)
-        self._changes[subnet] = _CHANGE.pack(int(subnet.network_address), int(subnet.netmask), *words)
+    def _change(self, subnet: IPv4Network | IPv6Network, route: _Route | None) -> None:
+        length = subnet.prefixlen + (96 if subnet.version == 4 else 0)
+        prefix = _wide(subnet.network_address)
+        if route is None:
+            record = _CHANGE.pack(prefix, b"", 0, 0, length, True, b"")
+        else:
+            record = _CHANGE.pack(prefix, _wide(route.address), route.slot, route.mtu, length, False, route.mac)
+        self._changes[subnet] = record
         if self._publish_timer is None and self._threads:
             self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
 
-    def _take_slot(self, subnet: IPv4Network) -> int:
+    def _take_slot(self, subnet: IPv4Network | IPv6Network) -> int:
         if self._free_slots:
             slot = self._free_slots.pop()
             self._engine.clear_slot(slot)
@@ -261,7 +338,23 @@ class Datapath:
 
     def _read_events(self) -> None:
         for kind, address, value in self._engine.events():
-            self._on_event(PathEvent(PathEventKind(kind), IPv4Address(address), value))
+            self._on_event(PathEvent(PathEventKind(kind), _narrow(address), value))
+
+
+def _senders(outer: Outer) -> tuple[int, ...]:
+    if len(outer.senders) > MOST_SENDERS:
+        raise KernelError(f"{len(outer.senders)} source ports are more than the {MOST_SENDERS} that the path knows")
+    return outer.senders or (outer.receiver,)
+
+
+def _wide(address: IPv4Address | IPv6Address) -> bytes:
+    """16 bytes, IPv4 as ::ffff:a.b.c.d."""
+    return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
+
+
+def _narrow(address: bytes) -> IPv4Address | IPv6Address:
+    wide = IPv6Address(address)
+    return wide.ipv4_mapped or wide
 
 
 def _without_signals(body: Callable[[], None]) -> None:

@@ -7,16 +7,17 @@ Free of IO and of speed. A superframe is one large TCP or UDP packet with a virt
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dataplane.path.wire import checksum
+from dataplane.path.wire import ICMPV6, checksum, pseudo_header, unfinished_checksum
+from dataplane.path.wire import TCP as TCP
+from dataplane.path.wire import UDP as UDP
 
-TCP, UDP, ICMPV6 = 6, 17, 58
 FIN, PSH, ACK, ECE, CWR = 0x01, 0x08, 0x10, 0x40, 0x80
 NEEDS_CSUM = 1
+RSC_INFO = 4
 GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 1, 4, 5, 0x80
 CHAIN_PACKETS = 64
-MOST_HEADER = 120
 MOST_PACKET = 65535
 TUNNEL_PORTS = frozenset({4789, 4790, 6081, 8472})
 
@@ -43,12 +44,6 @@ class VnetHeader:
         return cls(*struct.unpack("=BBHHHH", data))
 
 
-def pseudo_header(packet: bytes, protocol: int, l4_length: int) -> bytes:
-    """RFC 9293 section 3.1, RFC 768 and RFC 8200 section 8.1; their lengths are zero-extended alike."""
-    addresses = packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
-    return addresses + struct.pack("!IBBH", l4_length >> 16, 0, protocol, l4_length & 0xFFFF)
-
-
 def partial_checksum(packet: bytes, protocol: int, l4_length: int) -> int:
     """What stands in an unfinished checksum: the pseudo-header's sum, not complemented."""
     return ~checksum(pseudo_header(packet, protocol, l4_length)) & 0xFFFF
@@ -66,7 +61,7 @@ def with_ip_length(packet: bytes, length: int) -> bytes:
 def finished(header: VnetHeader, packet: bytes) -> bytes | None:
     """The packet with its unfinished checksum completed; None where the header points outside it."""
     at = header.csum_start + header.csum_offset
-    if at + 2 > len(packet):
+    if at + 2 > len(packet) or header.flags & RSC_INFO:
         return None
     value = checksum(packet[header.csum_start :])
     if value == 0 and header.csum_offset == 6:
@@ -115,7 +110,9 @@ def _layout(header: VnetHeader, packet: bytes) -> tuple[int, int, int] | None:
     """(protocol, where L4 begins, where the payload begins) of a superframe that can be cut."""
     kind = header.gso_type & ~GSO_ECN
     l4 = header.csum_start
-    if not packet or not header.flags & NEEDS_CSUM or header.gso_size == 0 or len(packet) > MOST_PACKET:
+    if not packet or header.flags & (NEEDS_CSUM | RSC_INFO) != NEEDS_CSUM:
+        return None
+    if header.gso_size == 0 or len(packet) > MOST_PACKET:
         return None
     version = packet[0] >> 4
     if version == 4 and kind in (GSO_TCPV4, GSO_UDP_L4):
@@ -129,7 +126,7 @@ def _layout(header: VnetHeader, packet: bytes) -> tuple[int, int, int] | None:
     l4_header = 8 if protocol == UDP else (packet[l4 + 12] >> 4) * 4
     if l4_header < (8 if protocol == UDP else 20) or header.csum_offset != (6 if protocol == UDP else 16):
         return None
-    if not l4 + l4_header < len(packet) or l4 + l4_header > MOST_HEADER:
+    if l4 + l4_header >= len(packet):
         return None
     return protocol, l4, l4 + l4_header
 
@@ -143,6 +140,7 @@ class _Member:
     l4: int
     payload_at: int
     mergeable: bool
+    unfinished: bool = False
 
     @property
     def payload(self) -> bytes:
@@ -164,6 +162,8 @@ class _Member:
     def right(self) -> bool:
         if self.l4 == 20 and checksum(self.packet[:20]) != 0:
             return False
+        if self.unfinished:
+            return True
         l4_length = len(self.packet) - self.l4
         return checksum(pseudo_header(self.packet, self.protocol, l4_length) + self.packet[self.l4 :]) == 0
 
@@ -206,8 +206,9 @@ def _look(packet: bytes, *, tcp: bool, udp: bool) -> _Member | _Sealer | None:
 class _Chain:
     """A stretch of packets of one flow that leave as one superframe."""
 
-    def __init__(self, packet: bytes, member: _Member | None) -> None:
+    def __init__(self, packet: bytes, member: _Member | None, unfinished: tuple[int, int] | None) -> None:
         self.packets = [packet]
+        self.unfinished = unfinished
         self.members = [member] if member else []
         self.open = member is not None and member.mergeable and not member.ends_chain(member)
 
@@ -228,7 +229,8 @@ class _Chain:
 
     def superframe(self) -> tuple[VnetHeader, bytes]:
         if len(self.packets) == 1:
-            return VnetHeader(), self.packets[0]
+            plain = VnetHeader(NEEDS_CSUM, GSO_NONE, 0, 0, *self.unfinished) if self.unfinished else VnetHeader()
+            return plain, self.packets[0]
         first, payload = self.members[0], b"".join(m.payload for m in self.members)
         l4_length = first.payload_at - first.l4 + len(payload)
         whole = bytearray(first.packet[: first.payload_at])
@@ -263,12 +265,18 @@ def _alike(first: _Member, other: _Member, count: int) -> bool:
     return all(a[part] == b[part] for part in fixed) and first.flags | PSH == other.flags | PSH
 
 
-def superframes(packets: list[bytes], *, tcp: bool = True, udp: bool = True) -> list[tuple[VnetHeader, bytes]]:
-    """Arrange packets in superframes, in the order in which these leave; `tcp`, `udp`: what may be merged."""
+def superframes(
+    packets: list[bytes], *, tcp: bool = True, udp: bool = True, unfinished: bool = False
+) -> list[tuple[VnetHeader, bytes]]:
+    """Arrange packets in superframes, in the order in which these leave; `tcp`, `udp`: what may be merged.
+    `unfinished`: a checksum that holds the pseudo-header's sum is one, and says nothing against its packet."""
     chains: list[_Chain] = []
     flows: dict[tuple[bytes, int], _Chain] = {}
     for packet in packets:
         kin = _look(packet, tcp=tcp, udp=udp)
+        at = unfinished_checksum(packet) if unfinished else None
+        if at is not None and isinstance(kin, _Member):
+            kin = replace(kin, unfinished=True)
         if isinstance(kin, _Sealer):
             flows.clear()
         elif kin is not None:
@@ -279,7 +287,7 @@ def superframes(packets: list[bytes], *, tcp: bool = True, udp: bool = True) -> 
                 chain.open = not kin.ends_chain(chain.members[0])
                 continue
             flows.pop(kin.flow, None)
-        chain = _Chain(packet, kin if isinstance(kin, _Member) else None)
+        chain = _Chain(packet, kin if isinstance(kin, _Member) else None, at)
         chains.append(chain)
         if isinstance(kin, _Member) and kin.mergeable:
             flows[kin.flow] = chain

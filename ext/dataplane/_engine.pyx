@@ -1,4 +1,4 @@
-"""Owns the engine: the two pumps around one TUN and one UDP socket, as Python sees them.
+"""Owns the engine: the two pumps around one TUN and its UDP sockets, as Python sees them.
 
 TX carries packets from the TUN into datagrams (_tx.pxd), RX datagrams into the TUN (_rx.pxd). Each pump is one thread
 that enters `transmit` or `receive`, gives up the GIL and comes back when it is stopped; no Python object is touched in
@@ -6,20 +6,25 @@ between. Free of leases and of the control plane: a table of routes comes down b
 records go up.
 """
 
+import secrets
+
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from dataplane.abi cimport *
 from dataplane._fib cimport Fib
-from dataplane._pump cimport EVENTS, engine_state, pump_state
+from dataplane._pump cimport EVENTS, SENDERS, engine_state, pump_state
 from dataplane._rx cimport pump_rx, rx_state
 from dataplane._tx cimport ICMP_BURST, READS, pump_tx, tx_state
 from dataplane._udpio cimport MESSAGES, RUN_DATAGRAMS, prepare_inbox
 from dataplane.headers cimport (
-    ICMP_UNREACHABLE, build_icmp_error, ipv4_view, may_answer_with_icmp, parse_ipv4,
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAME_HEAD, ICMP_MOST, VXLAN_HEADER, build_icmp_error, decap_ecn, encap_ecn, ip_view,
+    may_answer_with_icmp, parse_frame_head, parse_ip, store_u128, unfinished_checksum, vxlan_link, write_frame_head,
 )
+
+MOST_SENDERS = SENDERS
 
 
 cdef uint8_t* map_buffers(size_t count) noexcept:
@@ -30,9 +35,20 @@ cdef uint8_t* map_buffers(size_t count) noexcept:
     return NULL if memory == MAP_FAILED else <uint8_t*>memory
 
 
+cdef void describe_link(vxlan_link* link, uint32_t vni, const uint8_t* mac, int version) noexcept:
+    """RFC 7348 section 5: flags, 24 reserved bits, VNI, 8 reserved bits; then the Ethernet header."""
+    memset(link, 0, sizeof(link[0]))
+    link.head[0] = 0x08
+    link.head[4] = <uint8_t>(vni >> 16)
+    link.head[5] = <uint8_t>(vni >> 8)
+    link.head[6] = <uint8_t>vni
+    memcpy(link.head + VXLAN_HEADER + 6, mac, 6)
+    memcpy(link.mac, mac, 6)
+    link.ethertype = ETHERTYPE_IPV4 if version == 4 else ETHERTYPE_IPV6
+
+
 cdef class Engine:
-    """The two pumps around one TUN and one UDP socket; `icmp` is a raw socket that takes whole packets, for the errors
-    that pods get. The descriptors stay the caller's."""
+    """The two pumps around one TUN and its UDP sockets. The descriptors stay the caller's."""
 
     cdef engine_state* state
     cdef tx_state* tx
@@ -40,24 +56,36 @@ cdef class Engine:
     cdef Fib fib
     cdef list retired        # (generation in which it was replaced, table)
 
-    def __cinit__(self, int tun, int udp, int icmp, *, int port, uint32_t icmp_source, int source_check,
-                  uint32_t slots, uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns):
-        """`run_datagrams`: how many the socket cuts out of one send, 1 for none; `merge_tcp`, `merge_udp`: the TUN takes
-        superframes; `spin_ns`: how long a pump that has just carried something looks again before it sleeps."""
+    def __cinit__(self, int tun, int udp, tuple senders, *, int port, int source_check, uint32_t slots,
+                  uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns, uint32_t mtu,
+                  int icmp_v4=-1, bytes icmp_source_v4=bytes(4), int icmp_v6=-1, bytes icmp_source_v6=bytes(16),
+                  int vni=-1, bytes mac=bytes(6), int version=4):
+        """`udp` receives, `senders` send. `run_datagrams`: how many the kernel cuts out of one send, 1 for none;
+        `merge_tcp`, `merge_udp`: the TUN takes superframes; `spin_ns`: how long a pump that has just carried something
+        looks again before it sleeps; `mtu`: the TUN's. `icmp_v4`, `icmp_v6`: raw sockets that take whole packets, for
+        the errors that pods get from these sources; -1 for none. `vni`: packets travel in VXLAN frames of that network
+        and of IP version `version`, and `mac` is ours; -1: datagrams are packets."""
         cdef engine_state* state = <engine_state*>calloc(1, sizeof(engine_state))
+        if len(mac) != 6 or len(icmp_source_v4) != 4 or len(icmp_source_v6) != 16:
+            raise ValueError("a wrong number of bytes in an address")
         self.state = state
         self.tx = <tx_state*>calloc(1, sizeof(tx_state))
         self.rx = <rx_state*>calloc(1, sizeof(rx_state))
         if not (state and self.tx and self.rx):
             raise MemoryError
+        state.flow_keys[0] = secrets.randbits(64)
+        state.flow_keys[1] = secrets.randbits(64)
+        state.icmp_v4 = icmp_v4
+        state.icmp_v6 = icmp_v6
+        memcpy(state.icmp_source_v4, <const uint8_t*>icmp_source_v4, 4)
+        memcpy(state.icmp_source_v6, <const uint8_t*>icmp_source_v6, 16)
+        state.vxlan = vni >= 0
+        describe_link(&state.link, <uint32_t>vni, mac, version)
         state.stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         state.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if state.stop_fd < 0 or state.event_fd < 0:
             raise OSError(errno, "eventfd")
         state.tun = tun
-        state.udp = udp
-        state.icmp = icmp
-        state.icmp_source = icmp_source
         state.check = source_check
         state.merge_tcp = merge_tcp
         state.merge_udp = merge_udp
@@ -65,7 +93,6 @@ cdef class Engine:
         state.slots = slots
         state.sent = <peer_counters*>calloc(slots, sizeof(peer_counters))
         state.received = <peer_counters*>calloc(slots, sizeof(peer_counters))
-        self.tx.outbox.port_be = htons(<uint16_t>port)
         self.tx.outbox.most = min(run_datagrams, <uint32_t>RUN_DATAGRAMS)
         self.tx.icmp_tokens = ICMP_BURST
         self.tx.buffers = map_buffers(READS)
@@ -73,6 +100,7 @@ cdef class Engine:
         self.rx.most = MESSAGES
         if not (state.sent and state.received and self.tx.buffers and self.rx.buffers):
             raise MemoryError
+        self.rewire(udp, senders, port, mtu)
         prepare_inbox(&self.rx.inbox, self.rx.buffers, BUFFER_STRIDE, BUFFER_BYTES)
         self.retired = []
         self.fib = Fib()
@@ -115,6 +143,28 @@ cdef class Engine:
         store_u64(&self.state.stopping, 1)
         eventfd_write(self.state.stop_fd, 1)
 
+    def rewire(self, int udp, tuple senders, int port, uint32_t mtu):
+        """Other sockets, or another MTU of the TUN. Only while no pump runs; they may be started again afterwards."""
+        cdef engine_state* state = self.state
+        cdef uint64_t ignored
+        cdef int sender
+        if not 1 <= len(senders) <= SENDERS:
+            raise ValueError("a wrong number of sockets")
+        state.udp = udp
+        state.senders_count = 0
+        for sender in senders:
+            state.senders[state.senders_count] = sender
+            state.senders_count += 1
+        state.segment_mtu = mtu
+        self.tx.outbox.port_be = htons(<uint16_t>port)
+        self.tx.outbox.count = self.tx.stamped = self.rx.count = 0
+        eventfd_read(state.stop_fd, &ignored)
+        store_u64(&state.stopping, 0)
+
+    def set_segment_mtu(self, uint32_t mtu):
+        """Into packets of how many bytes a TCP superframe from a kernel VTEP is cut; until then the MTU of the TUN."""
+        self.state.segment_mtu = mtu
+
     def publish(self, Fib fib not None):
         """Let both pumps use `fib` from their next batch on; never waits. Returns the new generation: once
         `oldest_generation` has reached it, nothing uses the former table any more."""
@@ -140,18 +190,21 @@ cdef class Engine:
         return oldest
 
     def events(self):
-        """Drain what the pumps reported: (kind, address, value) each, oldest first for each pump."""
+        """Drain what the pumps reported: (kind, address, value) each, oldest first for each pump. The address has 16
+        bytes, IPv4 as ::ffff:a.b.c.d."""
         cdef uint64_t ignored
         cdef list found = []
         cdef pump_state* pump
         cdef path_event* event
+        cdef uint8_t address[16]
         cdef int which
         eventfd_read(self.state.event_fd, &ignored)
         for which in range(2):
             pump = &self.state.tx if which == 0 else &self.state.rx
             while pump.events_read < load_u64(&pump.events_written):
                 event = &pump.events[pump.events_read % EVENTS]
-                found.append((event.kind, event.address, event.value))
+                store_u128(address, event.address)
+                found.append((event.kind, address[:16], event.value))
                 store_u64(&pump.events_read, pump.events_read + 1)
         return found
 
@@ -184,6 +237,7 @@ cdef dict pump_counters(pump_state* pump):
         "calls": pump.calls,
         "wakeups": pump.wakeups,
         "icmp_errors": pump.icmp_errors,
+        "wrong_checksums": pump.wrong_checksums,
         "events_lost": pump.events_lost,
         "drops": tuple([pump.drops[i] for i in range(DROP_REASONS)]),
     }
@@ -191,22 +245,70 @@ cdef dict pump_counters(pump_state* pump):
 
 # What the packet functions answer, for holding them against their oracle, dataplane.path.wire.
 
-def inspect_ipv4(bytes packet):
-    """(verdict, source, destination, length); the verdict is a DropReason's value or None, addresses in host order."""
-    cdef ipv4_view view
-    cdef int verdict = parse_ipv4(packet, len(packet), &view)
+def inspect_ip(bytes packet):
+    """(verdict, source, destination, length); the verdict is a DropReason's value or None, addresses have 16 bytes."""
+    cdef ip_view view
+    cdef uint8_t address[16]
+    cdef int verdict = parse_ip(packet, len(packet), &view)
     if verdict != DROP_REASONS:
         return verdict, None, None, None
-    return None, view.source, view.destination, view.length
+    store_u128(address, view.source)
+    source = address[:16]
+    store_u128(address, view.destination)
+    return None, source, address[:16], view.length
 
 
-def icmp_unreachable(uint32_t source, bytes packet):
-    """The ICMP network unreachable about `packet`, or None where none may be sent or the packet cannot be carried."""
-    cdef uint8_t out[576]
-    cdef ipv4_view view
+def icmp_error(bytes source, bytes packet, uint16_t mtu=0):
+    """The ICMP error about `packet` from our address of its version: it has no route, or is longer than `mtu`. None where
+    none may be sent or the packet cannot be carried."""
+    cdef uint8_t out[ICMP_MOST]
+    cdef ip_view view
     cdef const uint8_t* data = packet
     cdef size_t length
-    if parse_ipv4(data, len(packet), &view) != DROP_REASONS or not may_answer_with_icmp(data, &view):
+    if parse_ip(data, len(packet), &view) != DROP_REASONS or not may_answer_with_icmp(data, &view, mtu != 0):
         return None
-    length = build_icmp_error(out, source, ICMP_UNREACHABLE, 0, 0, data, &view)
+    if len(source) != (4 if view.version == 4 else 16):
+        raise ValueError("the source is of another version than the packet")
+    length = build_icmp_error(out, source, mtu, data, &view)
     return out[:length]
+
+
+def frame_head(uint32_t vni, bytes mac, bytes to, int version):
+    """What stands between UDP header and packet: `mac` is ours, `to` the peer's."""
+    cdef vxlan_link link
+    cdef uint8_t out[FRAME_HEAD]
+    if len(mac) != 6 or len(to) != 6:
+        raise ValueError("a MAC has 6 bytes")
+    describe_link(&link, vni, mac, version)
+    write_frame_head(out, &link, to, version)
+    return out[:FRAME_HEAD]
+
+
+def inspect_frame(bytes datagram, uint32_t vni, bytes mac, int version):
+    """Why the frame of a datagram is dropped, as a DropReason's value; None where a packet for us follows."""
+    cdef vxlan_link link
+    if len(mac) != 6:
+        raise ValueError("a MAC has 6 bytes")
+    describe_link(&link, vni, mac, version)
+    verdict = parse_frame_head(datagram, len(datagram), &link)
+    return None if verdict == DROP_REASONS else verdict
+
+
+def outer_ecn(bytes packet):
+    """The ECN field of the outer header for a packet that `inspect_ip` takes."""
+    return encap_ecn(packet)
+
+
+def with_outer_ecn(bytes packet, uint8_t ecn):
+    """Such a packet as it leaves a tunnel whose outer header had that ECN field; None where it is dropped."""
+    copy = bytearray(packet)
+    return None if decap_ecn(copy, ecn) == DROP_ECN else bytes(copy)
+
+
+def unfinished(bytes packet):
+    """(start, offset) of a checksum that holds the pseudo-header's sum only, in a packet that `inspect_ip` takes."""
+    cdef ip_view view
+    cdef uint16_t start, offset
+    if parse_ip(packet, len(packet), &view) != DROP_REASONS:
+        raise ValueError("not a packet")
+    return (start, offset) if unfinished_checksum(packet, &view, &start, &offset) else None

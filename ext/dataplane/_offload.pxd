@@ -5,12 +5,13 @@
 # stamped: their headers are made in scratch memory, their payload stays where it is. A chain is a stretch of packets
 # of one flow that leave as one superframe.
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from dataplane.abi cimport NO_PEER, virtio_net_hdr
+from dataplane.headers cimport ip_view
 
 cdef enum:
-    MOST_HEADER = 120        # IPv4 or IPv6 with extensions, and TCP with all its options
+    MOST_CHAIN_HEADER = 100  # IPv6 without extensions, and TCP with all its options: the most that is merged
     CHAIN_PACKETS = 64       # in one chain: longer ones gain nothing and delay the first packet
     FLOWS = 64               # open chains that are looked at; a power of two
 
@@ -36,6 +37,9 @@ cdef struct packet_ref:
     uint16_t header          # bytes of all headers; 0: not to be merged
     uint16_t l4
     uint16_t payload
+    uint16_t check_start     # of an unfinished checksum: what it covers; 0: it is finished
+    uint16_t check_offset    # and where it is from there
+    uint16_t segment         # of a superframe that came as such: payload bytes of each segment; 0: it is none
     uint8_t protocol
     uint8_t flags            # TCP
 
@@ -50,6 +54,10 @@ cdef struct packet_chain:
 cdef bint finish_checksum(const virtio_net_hdr* header, uint8_t* packet, size_t length) noexcept nogil
 cdef bint plan_split(const virtio_net_hdr* header, const uint8_t* packet, size_t length, split_plan* plan) noexcept nogil
 cdef uint32_t stamp_segment(const split_plan* plan, uint32_t index, uint8_t* out) noexcept nogil
-cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp) noexcept nogil
+cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp,
+                            uint64_t* wrong) noexcept nogil
 cdef void stamp_superframe(const packet_ref* packets, const packet_chain* chain, virtio_net_hdr* header,
                            uint8_t* out) noexcept nogil
+cdef void mark_unfinished(packet_ref* packet, const ip_view* view) noexcept nogil
+cdef bint mark_superframe(packet_ref* packet, const ip_view* view, uint32_t segment, uint32_t most) noexcept nogil
+cdef void describe_single(const packet_ref* packet, virtio_net_hdr* header) noexcept nogil

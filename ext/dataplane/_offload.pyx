@@ -9,14 +9,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from dataplane.abi cimport NO_PEER, virtio_net_hdr
+from dataplane.abi cimport DROP_REASONS, NO_PEER, virtio_net_hdr
 from dataplane.headers cimport (
-    checksum_add, checksum_finish, checksum_fold, load_be16, load_be32, store_be16, store_be32,
+    ICMPV6_PROTOCOL, TCP, UDP, checksum_add, checksum_finish, checksum_fold, find_l4, ip_view, load_be16, load_be32,
+    parse_ip, pseudo_sum, store_be16, store_be32, unfinished_checksum,
 )
 
 cdef enum:
-    TCP = 6
-    UDP = 17
     FIN = 0x01
     SYN = 0x02
     RST = 0x04
@@ -26,6 +25,7 @@ cdef enum:
     ECE = 0x40
     CWR = 0x80
     NEEDS_CSUM = 1           # include/uapi/linux/virtio_net.h
+    RSC_INFO = 4             # then csum_start and csum_offset would count what a device has merged
     GSO_NONE = 0
     GSO_TCPV4 = 1
     GSO_TCPV6 = 4
@@ -41,7 +41,7 @@ cdef bint finish_checksum(const virtio_net_hdr* header, uint8_t* packet, size_t 
     cdef size_t start = header.csum_start
     cdef size_t at = start + header.csum_offset
     cdef uint16_t checksum
-    if at + 2 > length:
+    if at + 2 > length or header.flags & RSC_INFO:
         return False
     checksum = checksum_finish(checksum_add(packet + start, length - start, 0))
     # a UDP checksum of 0 means "none" (RFC 768); TCP's, at another offset, may be 0
@@ -61,7 +61,7 @@ cdef bint plan_split(const virtio_net_hdr* header, const uint8_t* packet, size_t
     plan.version = packet[0] >> 4 if length else 0
     plan.l4 = header.csum_start
     plan.size = header.gso_size
-    if not header.flags & NEEDS_CSUM or plan.size == 0 or length > MOST_PACKET:
+    if header.flags & (NEEDS_CSUM | RSC_INFO) != NEEDS_CSUM or plan.size == 0 or length > MOST_PACKET:
         return False
     if plan.version == 4 and kind in (GSO_TCPV4, GSO_UDP_L4):
         if plan.l4 < 20 or plan.l4 != (packet[0] & 15) * 4:
@@ -80,7 +80,7 @@ cdef bint plan_split(const virtio_net_hdr* header, const uint8_t* packet, size_t
         return False
     if header.csum_offset != (6 if plan.protocol == UDP else 16):
         return False
-    if plan.l4 + l4_header >= length or plan.l4 + l4_header > MOST_HEADER:
+    if plan.l4 + l4_header >= length:
         return False
     plan.header = <uint16_t>(plan.l4 + l4_header)
     plan.payload = <uint32_t>(length - plan.header)
@@ -151,24 +151,20 @@ cdef enum kinship:
     MERGEABLE
 
 
-cdef inline uint64_t pseudo_sum(const packet_ref* packet, uint32_t l4_length) noexcept nogil:
-    """RFC 9293 section 3.1 and RFC 8200 section 8.1, in the machine's order."""
-    cdef uint64_t sum
-    cdef uint8_t words[4]
-    words[0] = 0
-    words[1] = packet.protocol
-    store_be16(words + 2, <uint16_t>l4_length)
-    sum = checksum_add(words, 4, 0)
-    if packet.data[0] >> 4 == 4:
-        return checksum_add(packet.data + 12, 8, sum)
-    return checksum_add(packet.data + 8, 32, sum)
-
-
-cdef inline bint checksums_right(const packet_ref* packet) noexcept nogil:
+cdef inline bint checksums_right(const packet_ref* packet, uint64_t* wrong) noexcept nogil:
+    """An unfinished checksum says nothing, and nothing against the packet. `wrong` counts those that do."""
     cdef uint32_t l4_length = packet.length - packet.l4
+    cdef uint64_t sum
     if packet.data[0] >> 4 == 4 and checksum_fold(checksum_add(packet.data, packet.l4, 0)) != 0xFFFF:
+        wrong[0] += 1
         return False
-    return checksum_fold(checksum_add(packet.data + packet.l4, l4_length, pseudo_sum(packet, l4_length))) == 0xFFFF
+    if packet.check_start:
+        return True
+    sum = pseudo_sum(packet.data, packet.protocol, l4_length)
+    if checksum_fold(checksum_add(packet.data + packet.l4, l4_length, sum)) != 0xFFFF:
+        wrong[0] += 1
+        return False
+    return True
 
 
 cdef inline bint tunnel_port(uint16_t port) noexcept nogil:
@@ -192,7 +188,7 @@ cdef inline kinship look(packet_ref* packet, bint tcp, bint udp) noexcept nogil:
         packet.l4 = 20
     elif packet.length >= 40 and data[0] >> 4 == 6:
         packet.protocol = data[6]
-        if packet.protocol not in (TCP, UDP, 58):
+        if packet.protocol not in (TCP, UDP, ICMPV6_PROTOCOL):
             return SEALER
         if load_be16(data + 4) + 40 != packet.length:
             return SEALER
@@ -209,7 +205,7 @@ cdef inline kinship look(packet_ref* packet, bint tcp, bint udp) noexcept nogil:
         packet.flags = l4[13]
         packet.sequence = load_be32(l4 + 4)
         packet.payload = <uint16_t>(packet.length - packet.l4 - l4_header)
-        if not tcp or packet.payload == 0 or packet.flags & ~(PSH | ECE) != ACK or l4[12] & 15:
+        if not tcp or packet.segment or packet.payload == 0 or packet.flags & ~(PSH | ECE) != ACK or l4[12] & 15:
             return MEMBER
         packet.header = <uint16_t>(packet.l4 + l4_header)
         return MERGEABLE
@@ -217,7 +213,7 @@ cdef inline kinship look(packet_ref* packet, bint tcp, bint udp) noexcept nogil:
         if packet.l4 + 8 > packet.length:
             return SEALER
         packet.payload = <uint16_t>(packet.length - packet.l4 - 8)
-        if not udp or packet.payload == 0 or load_be16(l4 + 4) != packet.length - packet.l4:
+        if not udp or packet.segment or packet.payload == 0 or load_be16(l4 + 4) != packet.length - packet.l4:
             return MEMBER
         if load_be16(l4 + 6) == 0 or tunnel_port(load_be16(l4 + 2)):
             return MEMBER
@@ -308,17 +304,17 @@ cdef inline bint ends_chain(const packet_ref* first, const packet_ref* packet) n
     return packet.payload < first.payload or (packet.protocol == TCP and packet.flags & PSH)
 
 
-cdef bint join(packet_ref* packets, packet_chain* chain, uint32_t i) noexcept nogil:
+cdef bint join(packet_ref* packets, packet_chain* chain, uint32_t i, uint64_t* wrong) noexcept nogil:
     """Append packet i to its flow's chain if nothing speaks against it. Checksums come last, as the dearest."""
     cdef packet_ref* first = &packets[chain.first]
     if not may_join(first, chain, &packets[i]):
         return False
     if not chain.verified:
-        chain.verified = checksums_right(first)
+        chain.verified = checksums_right(first, wrong)
         if not chain.verified:
             chain.open = False
             return False
-    if not checksums_right(&packets[i]):
+    if not checksums_right(&packets[i], wrong):
         return False
     packets[chain.last].next = i
     chain.last = i
@@ -328,9 +324,11 @@ cdef bint join(packet_ref* packets, packet_chain* chain, uint32_t i) noexcept no
     return True
 
 
-cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp) noexcept nogil:
+cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp,
+                            uint64_t* wrong) noexcept nogil:
     """Arrange `count` packets in at most as many chains, in the order in which the chains leave; returns how many.
-    `tcp`, `udp`: what may be merged at all. Each packet has `data` and `length` set, its length being its IP length."""
+    `tcp`, `udp`: what may be merged at all. Each packet has `data` and `length` set, its length being its IP length, and
+    what is said of its checksum and segments. `wrong`: grows by the wrong checksums that were met."""
     cdef uint32_t flows[FLOWS]
     cdef uint32_t made = 0, sealed = 0, i, slot
     cdef packet_ref* packet
@@ -343,7 +341,7 @@ cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* c
         if kin == MERGEABLE:
             slot = flow_slot(packets, chains, flows, packet)
             # a chain from before the last SEALER does not grow any more
-            if flows[slot] != NO_PEER and flows[slot] >= sealed and join(packets, &chains[flows[slot]], i):
+            if flows[slot] != NO_PEER and flows[slot] >= sealed and join(packets, &chains[flows[slot]], i, wrong):
                 continue
             flows[slot] = made
         elif kin == MEMBER:
@@ -362,6 +360,60 @@ cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* c
     return made
 
 
+cdef void mark_unfinished(packet_ref* packet, const ip_view* view) noexcept nogil:
+    if not unfinished_checksum(packet.data, view, &packet.check_start, &packet.check_offset):
+        packet.check_start = 0
+
+
+cdef bint mark_superframe(packet_ref* packet, const ip_view* view, uint32_t segment, uint32_t most) noexcept nogil:
+    """Note how a packet that stands for many is to be cut: UDP into payloads of `segment` bytes, TCP into packets of `most`
+    bytes. A checksum that was finished is made unfinished, for whoever cuts it makes them anew; so one that is wrong makes
+    it a packet that is not cut. False where it is no superframe."""
+    cdef uint8_t protocol
+    cdef uint16_t checksum
+    cdef uint32_t l4 = find_l4(packet.data, view, &protocol), header
+    cdef uint64_t sum
+    if l4 == 0 or (protocol != TCP and protocol != UDP) or l4 + (20 if protocol == TCP else 8) > view.length:
+        return False
+    header = l4 + ((packet.data[l4 + 12] >> 4) * 4 if protocol == TCP else 8)
+    if protocol == TCP:
+        if header < l4 + 20 or header >= most or view.length <= most:
+            return False
+        segment = most - header
+    if segment == 0 or header + segment >= view.length:
+        return False
+    if not packet.check_start:
+        sum = pseudo_sum(packet.data, protocol, <uint32_t>view.length - l4)
+        if checksum_fold(checksum_add(packet.data + l4, view.length - l4, sum)) != 0xFFFF:
+            return False
+        checksum = checksum_fold(sum)
+        packet.check_start = <uint16_t>l4
+        packet.check_offset = 16 if protocol == TCP else 6
+        memcpy(packet.data + l4 + packet.check_offset, &checksum, 2)
+    packet.segment = <uint16_t>segment
+    return True
+
+
+cdef void describe_single(const packet_ref* packet, virtio_net_hdr* header) noexcept nogil:
+    """How a packet that was not merged is given to a TUN."""
+    cdef const uint8_t* l4 = packet.data + packet.check_start
+    memset(header, 0, sizeof(header[0]))
+    if packet.check_start == 0:
+        return
+    header.flags = NEEDS_CSUM
+    header.csum_start = packet.check_start
+    header.csum_offset = packet.check_offset
+    if packet.segment == 0:
+        return
+    header.gso_size = packet.segment
+    if packet.check_offset == 6:
+        header.gso_type = GSO_UDP_L4
+        header.hdr_len = packet.check_start + 8
+    else:
+        header.gso_type = GSO_TCPV4 if packet.data[0] >> 4 == 4 else GSO_TCPV6
+        header.hdr_len = packet.check_start + (l4[12] >> 4) * 4
+
+
 cdef void stamp_superframe(const packet_ref* packets, const packet_chain* chain, virtio_net_hdr* header,
                            uint8_t* out) noexcept nogil:
     """Write the headers of a chain of two packets or more (packets[chain.first].header bytes) to `out`, and how to
@@ -378,7 +430,7 @@ cdef void stamp_superframe(const packet_ref* packets, const packet_chain* chain,
         memcpy(out + 10, &checksum, 2)
     else:
         store_be16(out + 4, <uint16_t>(first.header - 40 + chain.payload))
-    checksum = checksum_fold(pseudo_sum(first, l4_length))
+    checksum = checksum_fold(pseudo_sum(first.data, first.protocol, l4_length))
     header.flags = NEEDS_CSUM
     header.hdr_len = first.header
     header.gso_size = first.payload
@@ -414,8 +466,8 @@ def segments(bytes header, bytes packet):
     """The packets of a superframe; None where it is none that can be cut."""
     cdef virtio_net_hdr how
     cdef split_plan plan
-    cdef uint8_t out[MOST_HEADER]
     cdef uint32_t index, length
+    cdef bytearray stamp
     if len(header) != sizeof(how):
         raise ValueError("not a virtio_net_hdr")
     memcpy(&how, <const uint8_t*>header, sizeof(how))
@@ -423,21 +475,25 @@ def segments(bytes header, bytes packet):
         return None
     found = []
     for index in range(plan.segments):
-        length = stamp_segment(&plan, index, out)
+        stamp = bytearray(plan.header)
+        length = stamp_segment(&plan, index, stamp)
         start = plan.header + index * plan.size
-        found.append(out[:plan.header] + packet[start:start + length])
+        found.append(bytes(stamp) + packet[start:start + length])
     return found
 
 
-def superframes(list packets, *, bint tcp=True, bint udp=True):
-    """(virtio_net_hdr, packet) for each chain of `packets`, in the order in which they leave."""
+def superframes(list packets, *, bint tcp=True, bint udp=True, bint unfinished=False):
+    """(virtio_net_hdr, packet) for each chain of `packets`, in the order in which they leave. `unfinished`: a checksum
+    that holds the pseudo-header's sum is one."""
     cdef uint32_t count = len(packets)
     cdef packet_ref* refs = <packet_ref*>malloc((count + 1) * sizeof(packet_ref))
     cdef packet_chain* chains = <packet_chain*>malloc((count + 1) * sizeof(packet_chain))
     cdef virtio_net_hdr how
-    cdef uint8_t out[MOST_HEADER]
+    cdef uint8_t out[MOST_CHAIN_HEADER]
     cdef uint32_t i, at, made
+    cdef uint64_t wrong = 0
     cdef bytes packet
+    cdef ip_view view
     try:
         if refs == NULL or chains == NULL:
             raise MemoryError
@@ -445,12 +501,16 @@ def superframes(list packets, *, bint tcp=True, bint udp=True):
             packet = packets[i]
             refs[i].data = <uint8_t*>packet
             refs[i].length = len(packet)
-        made = chain_packets(refs, count, chains, tcp, udp)
+            refs[i].segment = refs[i].check_start = 0
+            if unfinished and parse_ip(refs[i].data, refs[i].length, &view) == DROP_REASONS:
+                mark_unfinished(&refs[i], &view)
+        made = chain_packets(refs, count, chains, tcp, udp, &wrong)
         found = []
         for i in range(made):
             memset(&how, 0, sizeof(how))
             at = chains[i].first
             if chains[i].count == 1:
+                describe_single(&refs[at], &how)
                 found.append(((<uint8_t*>&how)[:sizeof(how)], packets[at]))
                 continue
             stamp_superframe(refs, &chains[i], &how, out)

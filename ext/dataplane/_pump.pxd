@@ -8,9 +8,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
 from dataplane._fib cimport fib_table
+from dataplane.headers cimport vxlan_link
 
 cdef enum:
     EVENTS = 256
+    SENDERS = 64             # sockets at most
     RETRY_MS = 10            # how long a pump rests where the kernel gives an error instead of readiness
 
 cdef struct pump_state:
@@ -23,6 +25,7 @@ cdef struct pump_state:
     uint64_t calls           # sends or receives asked of the kernel
     uint64_t wakeups
     uint64_t icmp_errors
+    uint64_t wrong_checksums # RX: of inner packets, where merging looked at them
     uint64_t drops[DROP_REASONS]
     uint64_t events_written  # ring of events: written by the pump ...
     uint64_t events_read     # ... and read by the event loop
@@ -34,11 +37,19 @@ cdef struct engine_state:
     uint64_t generation
     uint64_t stopping
     int tun
-    int udp
-    int icmp
+    int udp                  # receives
+    int senders[SENDERS]     # sockets; udp itself where a datagram's source port is said by the wire format
+    uint32_t senders_count
+    uint64_t flow_keys[2]    # nobody shall choose flows that leave by one port
+    int icmp_v4              # raw sockets, -1 where no errors are sent
+    int icmp_v6
     int stop_fd
     int event_fd
-    uint32_t icmp_source
+    uint8_t icmp_source_v4[4]
+    uint8_t icmp_source_v6[16]
+    bint vxlan               # packets travel in frames
+    vxlan_link link
+    uint32_t segment_mtu     # of pods: a longer TCP packet is a superframe of a kernel VTEP, and cut into such packets
     int check
     bint merge_tcp           # what the TUN takes as superframes
     bint merge_udp
@@ -66,7 +77,7 @@ cdef inline bint stopping(engine_state* engine) noexcept nogil:
     return load_u64(&engine.stopping) != 0
 
 
-cdef inline void post_event(engine_state* engine, pump_state* pump, event_kind kind, uint32_t address,
+cdef inline void post_event(engine_state* engine, pump_state* pump, event_kind kind, u128 address,
                             uint64_t value) noexcept nogil:
     cdef uint64_t at = pump.events_written
     cdef path_event* event = &pump.events[at % EVENTS]

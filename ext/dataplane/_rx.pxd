@@ -2,28 +2,33 @@
 
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 
 from dataplane.abi cimport *
 from dataplane._fib cimport fib_route, fib_source, fib_table
 from dataplane._offload cimport (
-    CHAIN_PACKETS, MOST_HEADER, chain_packets, packet_chain, packet_ref, stamp_superframe,
+    CHAIN_PACKETS, chain_packets, describe_single, mark_superframe, mark_unfinished, packet_chain,
+    packet_ref, plan_split, split_plan, stamp_segment, stamp_superframe,
 )
 from dataplane._pump cimport (
     engine_state, enter, leave, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
 )
 from dataplane._tunio cimport tun_write_parts
-from dataplane._udpio cimport MESSAGES, datagram_size, receive, source_of, udp_inbox
-from dataplane.headers cimport ipv4_view, parse_ipv4
+from dataplane._udpio cimport MESSAGES, facts_of, message_facts, receive, source_of, udp_inbox
+from dataplane.headers cimport (
+    ETHERTYPE_IPV4, FRAME_HEAD, IPV6_HEADER, decap_ecn, ip_view, load_be16, parse_frame_head, parse_ip,
+)
 
 cdef enum:
     PACKETS = 1024           # looked at together; more than that are delivered in several goes
     LARGE_MESSAGES = 8       # received at once while the kernel merges them: they fill the cache
     SOURCES = 64
+    SUPERFRAME_MS = 5000     # between two reports of such from VTEPs
     UDP_PROTOCOL = 17
+    ETHERNET_SOURCE = 14     # bytes of VXLAN and destination before it
 
 cdef struct unknown_source:
-    uint32_t address
+    u128 address
     uint64_t datagrams
     uint64_t reported_ms
 
@@ -35,14 +40,15 @@ cdef struct rx_state:
     packet_chain chains[PACKETS]
     uint32_t count
     iovec parts[CHAIN_PACKETS + 2]
-    uint8_t header[MOST_HEADER]
+    uint8_t header[BUFFER_BYTES]     # of what is written now
     int device_error
+    uint64_t superframe_told_ms
     unknown_source unknown[SOURCES]
 
 
-cdef inline void note_unknown(engine_state* engine, rx_state* rx, uint32_t address, uint32_t datagrams) noexcept nogil:
+cdef inline void note_unknown(engine_state* engine, rx_state* rx, u128 address, uint32_t datagrams) noexcept nogil:
     """Remember who sends without a lease; tell the control plane at most once a second for each."""
-    cdef unknown_source* source = &rx.unknown[(address * <uint32_t>2654435769) >> 26]
+    cdef unknown_source* source = &rx.unknown[<uint32_t>((address ^ address >> 64) * <uint32_t>2654435769) >> 26]
     cdef uint64_t now = now_ms()
     if source.address != address:
         if source.address and now - source.reported_ms < 1000:
@@ -68,19 +74,58 @@ cdef inline int write_patiently(engine_state* engine, virtio_net_hdr* header, io
     return error
 
 
-cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_ref* packet) noexcept nogil:
-    cdef virtio_net_hdr header
-    cdef int error
-    memset(&header, 0, sizeof(header))
-    rx.parts[1].iov_base = packet.data
-    rx.parts[1].iov_len = packet.length
-    error = write_patiently(engine, &header, rx.parts, 2)
+cdef inline int write_single(engine_state* engine, rx_state* rx, virtio_net_hdr* header, void* data,
+                             size_t length) noexcept nogil:
+    rx.parts[1].iov_base = data
+    rx.parts[1].iov_len = length
+    return write_patiently(engine, header, rx.parts, 2)
+
+
+cdef inline void count_written(engine_state* engine, rx_state* rx, uint32_t packets, uint64_t bytes, int error) noexcept nogil:
     if error:
-        engine.rx.drops[DROP_TUN_WRITE] += 1
+        engine.rx.drops[DROP_TUN_WRITE] += packets
         rx.device_error = error
     else:
-        engine.rx.packets += 1
-        engine.rx.bytes += packet.length
+        engine.rx.packets += packets
+        engine.rx.bytes += bytes
+
+
+cdef inline void cut_and_write(engine_state* engine, rx_state* rx, const virtio_net_hdr* how,
+                               const packet_ref* packet) noexcept nogil:
+    """A superframe for a TUN that takes none."""
+    cdef virtio_net_hdr header
+    cdef split_plan plan
+    cdef uint32_t index, payload
+    memset(&header, 0, sizeof(header))
+    if not plan_split(how, packet.data, packet.length, &plan):
+        engine.rx.drops[DROP_SUPERFRAME] += 1
+        return
+    for index in range(plan.segments):
+        payload = stamp_segment(&plan, index, rx.header)
+        rx.parts[1].iov_base = rx.header
+        rx.parts[1].iov_len = plan.header
+        rx.parts[2].iov_base = packet.data + plan.header + index * plan.size
+        rx.parts[2].iov_len = payload
+        count_written(engine, rx, 1, plan.header + payload, write_patiently(engine, &header, rx.parts, 3))
+
+
+cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_ref* packet) noexcept nogil:
+    cdef virtio_net_hdr header
+    cdef uint32_t packets
+    cdef int error = -EINVAL
+    describe_single(packet, &header)
+    if packet.segment == 0:
+        error = write_single(engine, rx, &header, packet.data, packet.length)
+        count_written(engine, rx, 1, packet.length, error)
+        return
+    if engine.merge_udp if packet.check_offset == 6 else engine.merge_tcp:
+        error = write_single(engine, rx, &header, packet.data, packet.length)
+    if error == -EINVAL:     # or of more segments than the kernel takes
+        cut_and_write(engine, rx, &header, packet)
+        return
+    packets = (packet.length - header.hdr_len + packet.segment - 1) // packet.segment
+    engine.rx.superframes += error == 0
+    count_written(engine, rx, packets, packet.length + (packets - 1) * header.hdr_len, error)
 
 
 cdef inline int write_superframe(engine_state* engine, rx_state* rx, const packet_chain* chain) noexcept nogil:
@@ -131,7 +176,7 @@ cdef inline void deliver(engine_state* engine, rx_state* rx) noexcept nogil:
     cdef uint32_t i, made
     if rx.count == 0:
         return
-    made = chain_packets(rx.packets, rx.count, rx.chains, engine.merge_tcp, engine.merge_udp)
+    made = chain_packets(rx.packets, rx.count, rx.chains, engine.merge_tcp, engine.merge_udp, &engine.rx.wrong_checksums)
     for i in range(made):
         write_chain(engine, rx, &rx.chains[i])
     rx.count = 0
@@ -139,7 +184,7 @@ cdef inline void deliver(engine_state* engine, rx_state* rx) noexcept nogil:
 
 # --------------------------------------------------------------------------------------------------- acceptance
 
-cdef inline bint may_send(const fib_table* table, uint32_t first, uint32_t source, int check) noexcept nogil:
+cdef inline bint may_send(const fib_table* table, uint32_t first, u128 source, int check) noexcept nogil:
     """Whether the inner source belongs to the peer: one masked compare for each of its subnets, nearly always one."""
     cdef const fib_route* route
     while first != NO_PEER:
@@ -150,27 +195,124 @@ cdef inline bint may_send(const fib_table* table, uint32_t first, uint32_t sourc
     return False
 
 
-cdef inline bint accept(engine_state* engine, rx_state* rx, const fib_table* table, uint32_t peer, uint8_t* datagram,
-                        size_t length) noexcept nogil:
-    """Put one inner packet up for delivery, or drop it."""
-    cdef ipv4_view view
-    cdef packet_ref* packet
-    cdef int verdict = parse_ipv4(datagram, length, &view)
+cdef inline bint has_mac(const fib_table* table, uint32_t first, const uint8_t* mac) noexcept nogil:
+    while first != NO_PEER:
+        if memcmp(table.routes[first].mac, mac, 6) == 0:
+            return True
+        first = table.routes[first].next_same
+    return False
+
+
+cdef inline void count_received(engine_state* engine, const fib_table* table, uint32_t peer, u128 source,
+                                const packet_ref* packet) noexcept nogil:
+    """For the peer's subnet that the source is in, or its first where that is its own address."""
+    cdef uint32_t at = peer
+    cdef const fib_route* route
+    cdef peer_counters* counters
+    if peer == NO_PEER:
+        return
+    while at != NO_PEER:
+        route = &table.routes[at]
+        if source & route.mask == route.subnet:
+            peer = at
+            break
+        at = route.next_same
+    counters = &engine.received[table.routes[peer].slot]
+    counters.packets += (packet.length + packet.segment - 1) // packet.segment if packet.segment else 1
+    counters.bytes += packet.length
+
+
+cdef inline int check_packet(const engine_state* engine, const fib_table* table, uint32_t peer, const uint8_t* packet,
+                             size_t length, ip_view* view) noexcept nogil:
+    """DROP_REASONS where the packet may be delivered, else why not."""
+    cdef int verdict = parse_ip(packet, length, view)
     if verdict == DROP_REASONS and engine.check != CHECK_OFF and not may_send(table, peer, view.source, engine.check):
-        verdict = DROP_SPOOFED_SOURCE
-    if verdict != DROP_REASONS:
-        engine.rx.drops[verdict] += 1
-        return False
+        return DROP_SPOOFED_SOURCE
+    return verdict
+
+
+cdef inline packet_ref* put_up(engine_state* engine, rx_state* rx, uint8_t* data, const ip_view* view) noexcept nogil:
+    """Put a packet up for delivery."""
+    cdef packet_ref* packet
     if rx.count == PACKETS:
         deliver(engine, rx)
     packet = &rx.packets[rx.count]
-    packet.data = datagram
+    packet.data = data
     packet.length = <uint32_t>view.length
+    packet.check_start = packet.segment = 0
     rx.count += 1
-    if peer != NO_PEER:
-        engine.received[table.routes[peer].slot].packets += 1
-        engine.received[table.routes[peer].slot].bytes += view.length
+    return packet
+
+
+cdef inline bint accept_packet(engine_state* engine, rx_state* rx, const fib_table* table, uint32_t peer, uint8_t* data,
+                               size_t length) noexcept nogil:
+    """Take a datagram that is a packet, or drop it."""
+    cdef ip_view view
+    cdef int verdict = check_packet(engine, table, peer, data, length, &view)
+    if verdict != DROP_REASONS:
+        engine.rx.drops[verdict] += 1
+        return False
+    count_received(engine, table, peer, view.source, put_up(engine, rx, data, &view))
     return True
+
+
+cdef inline int check_frame(const engine_state* engine, const fib_table* table, uint32_t peer, const uint8_t* frame,
+                            size_t length, ip_view* view) noexcept nogil:
+    cdef int verdict = parse_frame_head(frame, length, &engine.link)
+    if verdict != DROP_REASONS:
+        return verdict
+    if engine.check != CHECK_OFF and not has_mac(table, peer, frame + ETHERNET_SOURCE):
+        return DROP_PEER_MAC
+    verdict = check_packet(engine, table, peer, frame + FRAME_HEAD, length - FRAME_HEAD, view)
+    if verdict == DROP_REASONS and (view.version == 4) != (engine.link.ethertype == ETHERTYPE_IPV4):
+        return DROP_NOT_IP
+    return verdict
+
+
+cdef inline void tell_superframe(engine_state* engine, rx_state* rx, u128 address, uint64_t length) noexcept nogil:
+    """The control plane shall look what MTU the pods have: nothing in the superframe says how it would have been cut."""
+    cdef uint64_t now = now_ms()
+    if rx.superframe_told_ms == 0 or now - rx.superframe_told_ms >= SUPERFRAME_MS:
+        rx.superframe_told_ms = now
+        post_event(engine, &engine.rx, EVENT_SUPERFRAME, address, length)
+
+
+cdef inline bint accept_frame(engine_state* engine, rx_state* rx, const fib_table* table, uint32_t peer, uint8_t* frame,
+                              size_t length, uint32_t segment, uint8_t ecn) noexcept nogil:
+    """Take a datagram that is a frame, or drop it. Kernel VTEPs leave checksums unfinished, and hand over superframes:
+    those of TCP are known by their length only, those of UDP by `segment`, the payload of each of their packets."""
+    cdef ip_view view
+    cdef packet_ref* packet
+    cdef int verdict = check_frame(engine, table, peer, frame, length, &view)
+    if verdict == DROP_REASONS:
+        verdict = decap_ecn(frame + FRAME_HEAD, ecn)
+    if verdict != DROP_REASONS:
+        engine.rx.drops[verdict] += 1
+        return False
+    packet = put_up(engine, rx, frame + FRAME_HEAD, &view)
+    mark_unfinished(packet, &view)
+    if peer != NO_PEER and (segment or view.length > engine.segment_mtu):
+        if mark_superframe(packet, &view, segment, engine.segment_mtu) and segment == 0:
+            tell_superframe(engine, rx, table.routes[peer].address, view.length)
+    count_received(engine, table, peer, view.source, packet)
+    return True
+
+
+cdef inline uint32_t frame_length(const uint8_t* frame, uint32_t length) noexcept nogil:
+    """How long the frame is by its packet's header; 0 where that says nothing."""
+    if length < FRAME_HEAD + 6:
+        return 0
+    if frame[FRAME_HEAD] >> 4 == 4:
+        return FRAME_HEAD + load_be16(frame + FRAME_HEAD + 2)
+    if frame[FRAME_HEAD] >> 4 == 6:
+        return FRAME_HEAD + IPV6_HEADER + load_be16(frame + FRAME_HEAD + 4)
+    return 0
+
+
+cdef inline void drop_message(engine_state* engine, const uint8_t* frame, uint32_t length, uint32_t datagrams) noexcept nogil:
+    """A message whose first frame is longer than a datagram and shorter than all: neither can it be cut, nor is it one."""
+    cdef int verdict = parse_frame_head(frame, length, &engine.link)
+    engine.rx.drops[DROP_LENGTH if verdict == DROP_REASONS else verdict] += datagrams
 
 
 cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_table* table, unsigned int i,
@@ -178,8 +320,9 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
     """Take a message apart into its datagrams; their outer source is looked at once."""
     cdef uint8_t* at = <uint8_t*>rx.inbox.parts[i].iov_base
     cdef uint32_t left = rx.inbox.messages[i].msg_len
-    cdef uint32_t size = datagram_size(&rx.inbox, i)
-    cdef uint32_t source = source_of(&rx.inbox, i)
+    cdef message_facts facts = facts_of(&rx.inbox, i)
+    cdef uint32_t size = facts.size, segment = 0, expected
+    cdef u128 source = source_of(&rx.inbox, i)
     cdef uint32_t peer = fib_source(table, source)
     cdef uint32_t datagrams = (left + size - 1) // size if size else 1
     cdef bint any = False
@@ -188,10 +331,21 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
         engine.rx.drops[DROP_UNKNOWN_PEER] += datagrams
         note_unknown(engine, rx, source, datagrams)
         return
+    if engine.vxlan and size < left:
+        # the kernel tells the size of the datagrams that it merged, or of the packets that a VTEP left uncut
+        expected = frame_length(at, left)
+        if expected == left:
+            segment, size = size, left
+        elif expected > size:
+            drop_message(engine, at, size, datagrams)
+            return
     while True:
         if left < size:
             size = left
-        any |= accept(engine, rx, table, peer, at, size)
+        if engine.vxlan:
+            any |= accept_frame(engine, rx, table, peer, at, size, segment, facts.ecn)
+        else:
+            any |= accept_packet(engine, rx, table, peer, at, size)
         at += size
         left -= size
         if left == 0:

@@ -2,26 +2,30 @@
 
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from dataplane.abi cimport *
-from dataplane._fib cimport fib_lookup, fib_route, fib_table
+from dataplane._fib cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
 from dataplane._offload cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._pump cimport (
     engine_state, enter, leave, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
 )
 from dataplane._tunio cimport tun_read
-from dataplane._udpio cimport add_to_run, fits_run, open_run, seal_outbox, udp_outbox, udp_run
+from dataplane._udpio cimport (
+    add_to_run, describe_run, fits_run, open_run, outer_address, seal_outbox, udp_outbox, udp_run, write_address,
+)
 from dataplane.headers cimport (
-    ICMP_UNREACHABLE, build_icmp_error, ipv4_view, load_be16, may_answer_with_icmp, parse_ipv4,
+    FRAME_HEAD, ICMP_MOST, IPV6_HEADER, TCP, UDP, build_icmp_error, encap_ecn, ip_view, load_be16, load_be32, load_be64,
+    may_answer_with_icmp, parse_ip, write_frame_head,
 )
 
 cdef enum:
     READS = 64               # packets of one batch at most ...
     READ_SUPERFRAMES = 8     # ... and superframes: what is read is sent while the cache still holds it
+    HEADROOM = 64            # before each packet: what goes out in front of it is written there
     STAMP_BYTES = 1 << 17
     ICMP_BURST = 50
     ICMP_PER_SECOND = 100
+    LEAST_IPV6_MTU = 1280    # RFC 8200 section 5: no path may say less, the outer datagram is fragmented instead
 
 cdef struct tx_state:
     udp_outbox outbox
@@ -31,18 +35,27 @@ cdef struct tx_state:
     virtio_net_hdr header
     uint64_t icmp_tokens
     uint64_t icmp_refilled_ms
-    uint8_t icmp_packet[576]
+    uint8_t icmp_packet[ICMP_MOST]
+
+cdef struct tx_way:          # how a packet leaves
+    const fib_route* route
+    uint32_t version
+    uint32_t overhead        # bytes of the frame's head
+    uint32_t socket
+    uint32_t mtu             # of the path; 0: nothing to heed
+    uint8_t ecn
 
 
-cdef inline void answer(engine_state* engine, tx_state* tx, const uint8_t* packet, const ipv4_view* view, uint8_t code,
-                        uint32_t rest) noexcept nogil:
-    """Tell the sender that its packet is unreachable (RFC 792): `code` 0 for no route, 4 with the MTU in `rest` for too
-    long (RFC 1191 section 4)."""
+cdef inline void answer(engine_state* engine, tx_state* tx, const uint8_t* packet, const ip_view* view, uint32_t mtu) noexcept nogil:
+    """Tell the sender that its packet has no route, or is longer than `mtu`."""
     cdef uint64_t now = now_ms()
     cdef uint64_t earned = (now - tx.icmp_refilled_ms) * ICMP_PER_SECOND // 1000
-    cdef sockaddr_in to
+    cdef int fd = engine.icmp_v4 if view.version == 4 else engine.icmp_v6
+    cdef const uint8_t* source = &engine.icmp_source_v4[0] if view.version == 4 else &engine.icmp_source_v6[0]
+    cdef outer_address to
+    cdef uint32_t to_length
     cdef size_t length
-    if not may_answer_with_icmp(packet, view):
+    if fd < 0 or not may_answer_with_icmp(packet, view, mtu != 0):
         return
     if earned:
         tx.icmp_tokens = min(<uint64_t>ICMP_BURST, tx.icmp_tokens + earned)
@@ -50,18 +63,19 @@ cdef inline void answer(engine_state* engine, tx_state* tx, const uint8_t* packe
     if tx.icmp_tokens == 0:
         return
     tx.icmp_tokens -= 1
-    length = build_icmp_error(tx.icmp_packet, engine.icmp_source, ICMP_UNREACHABLE, code, rest, packet, view)
-    memset(&to, 0, sizeof(to))
-    to.sin_family = AF_INET
-    to.sin_addr.s_addr = htonl(view.source)
-    if sendto(engine.icmp, tx.icmp_packet, length, MSG_DONTWAIT, <sockaddr*>&to, sizeof(to)) >= 0:
+    length = build_icmp_error(tx.icmp_packet, source, <uint16_t>mtu, packet, view)
+    write_address(&to, &to_length, view.source, 0)
+    if sendto(fd, tx.icmp_packet, length, MSG_DONTWAIT, <sockaddr*>&to, to_length) >= 0:
         engine.tx.icmp_errors += 1
 
 
 # ------------------------------------------------------------------------------------------------------ sending
 
 cdef inline void count_sent(engine_state* engine, const udp_run* run, uint32_t datagrams, uint64_t bytes) noexcept nogil:
+    """Packets and their bytes; `bytes` are those of the datagrams."""
     cdef peer_counters* peer = &engine.sent[run.slot]
+    if engine.vxlan:
+        bytes -= FRAME_HEAD * datagrams
     peer.packets += datagrams
     peer.bytes += bytes
     peer.last_ms = now_ms()
@@ -74,17 +88,17 @@ cdef inline void drop_unsent(engine_state* engine, const udp_run* run, uint32_t 
     post_event(engine, &engine.tx, EVENT_SEND_FAILED, run.address, error)
 
 
-cdef inline int send_patiently(engine_state* engine, mmsghdr* messages, uint32_t count) noexcept nogil:
+cdef inline int send_patiently(engine_state* engine, int fd, mmsghdr* messages, uint32_t count) noexcept nogil:
     """How many messages left, at least one; else -errno of the first. A full socket buffer is waited for, while the
     TUN's queue holds what comes."""
     cdef int sent, shortages = 0
     while not stopping(engine):
-        sent = sendmmsg(engine.udp, messages, count, MSG_DONTWAIT)
+        sent = sendmmsg(fd, messages, count, MSG_DONTWAIT)
         engine.tx.calls += 1
         if sent > 0:
             return sent
         if errno == EAGAIN:
-            wait_for(engine, &engine.tx, engine.udp, POLLOUT)
+            wait_for(engine, &engine.tx, fd, POLLOUT)
         elif errno == ENOBUFS and shortages < 3:
             shortages += 1
             rest(engine)
@@ -98,11 +112,7 @@ cdef inline void send_singly(engine_state* engine, udp_run* run) noexcept nogil:
     cdef mmsghdr message
     cdef uint32_t part = 0, first, length
     cdef int sent
-    message.msg_hdr.msg_name = &run.to
-    message.msg_hdr.msg_namelen = sizeof(sockaddr_in)
-    message.msg_hdr.msg_control = NULL
-    message.msg_hdr.msg_controllen = 0
-    message.msg_hdr.msg_flags = 0
+    describe_run(run, &message.msg_hdr, False)
     while part < run.used:
         first = part
         length = 0
@@ -111,7 +121,7 @@ cdef inline void send_singly(engine_state* engine, udp_run* run) noexcept nogil:
             part += 1
         message.msg_hdr.msg_iov = &run.parts[first]
         message.msg_hdr.msg_iovlen = part - first
-        sent = send_patiently(engine, &message, 1)
+        sent = send_patiently(engine, engine.senders[run.socket], &message, 1)
         if sent > 0:
             count_sent(engine, run, 1, length)
         else:
@@ -134,20 +144,26 @@ cdef inline void send_refused(engine_state* engine, udp_outbox* outbox, udp_run*
 
 
 cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
-    """Send every run once, in order. sendmmsg reports an error only for the first message that it is handed, so
-    one that the kernel refuses costs nothing of the others."""
+    """Send every run once, those of a socket in order. sendmmsg reports an error only for the first message that it is
+    handed, so one that the kernel refuses costs nothing of the others."""
     cdef udp_outbox* outbox = &tx.outbox
-    cdef uint32_t done = 0
+    cdef udp_run* run
+    cdef uint32_t done = 0, together
     cdef int sent, i
     seal_outbox(outbox)
     while done < outbox.count and not stopping(engine):
-        sent = send_patiently(engine, &outbox.messages[done], outbox.count - done)
+        run = &outbox.runs[outbox.order[done]]
+        together = 1
+        while done + together < outbox.count and outbox.runs[outbox.order[done + together]].socket == run.socket:
+            together += 1
+        sent = send_patiently(engine, engine.senders[run.socket], &outbox.messages[done], together)
         if sent > 0:
             for i in range(sent):
-                count_sent(engine, &outbox.runs[done], outbox.runs[done].count, outbox.runs[done].bytes)
+                run = &outbox.runs[outbox.order[done]]
+                count_sent(engine, run, run.count, run.bytes)
                 done += 1
         else:
-            send_refused(engine, outbox, &outbox.runs[done], -sent)
+            send_refused(engine, outbox, run, -sent)
             done += 1
     engine.tx.messages += done
     outbox.count = 0
@@ -156,90 +172,150 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
 
 # ------------------------------------------------------------------------------------------------------ batching
 
-cdef inline void push_datagram(engine_state* engine, tx_state* tx, const fib_route* route, uint8_t* head,
+cdef inline uint64_t stirred(uint64_t a, uint64_t b) noexcept nogil:
+    cdef u128 product = <u128>a * b
+    return <uint64_t>(product >> 64) ^ <uint64_t>product
+
+
+cdef inline uint32_t flow_socket(const engine_state* engine, const uint8_t* packet, const ip_view* view) noexcept nogil:
+    """The socket of the packet's flow: by addresses, protocol and ports; of fragments, which lack these, without."""
+    cdef uint64_t hash, ends
+    cdef uint32_t l4 = (packet[0] & 15) * 4 if view.version == 4 else <uint32_t>IPV6_HEADER
+    cdef uint8_t protocol = packet[9] if view.version == 4 else packet[6]
+    ends = protocol
+    if (protocol == TCP or protocol == UDP) and l4 + 4 <= view.length:
+        if view.version == 6 or load_be16(packet + 6) & 0x3FFF == 0:
+            ends |= <uint64_t>load_be32(packet + l4) << 32
+    if view.version == 4:
+        hash = load_be64(packet + 12)
+    else:
+        hash = stirred(load_be64(packet + 8) ^ engine.flow_keys[1], load_be64(packet + 16) ^ engine.flow_keys[0])
+        hash ^= stirred(load_be64(packet + 24) ^ engine.flow_keys[0], load_be64(packet + 32) ^ engine.flow_keys[1])
+    hash = stirred(hash ^ engine.flow_keys[0], ends ^ engine.flow_keys[1])
+    return <uint32_t>(<uint64_t><uint32_t>hash * engine.senders_count >> 32)
+
+
+cdef inline void push_datagram(engine_state* engine, tx_state* tx, const tx_way* way, uint8_t* head,
                                uint32_t head_length, uint8_t* tail, uint32_t tail_length) noexcept nogil:
-    cdef udp_run* run = open_run(&tx.outbox, route.address, route.slot)
-    cdef bint alone = route.mtu and head_length + tail_length > route.mtu
+    cdef const fib_route* route = way.route
+    cdef udp_run* run = open_run(&tx.outbox, route.address, route.slot, way.socket, way.ecn)
+    cdef bint alone = way.mtu and head_length + tail_length - way.overhead > way.mtu
     if run != NULL and alone and run.count:
         run.closed = True
-        run = open_run(&tx.outbox, route.address, route.slot)
+        run = open_run(&tx.outbox, route.address, route.slot, way.socket, way.ecn)
     if run != NULL and not fits_run(&tx.outbox, run, head_length + tail_length):
-        run = open_run(&tx.outbox, route.address, route.slot)
+        run = open_run(&tx.outbox, route.address, route.slot, way.socket, way.ecn)
     if run == NULL:
         send_outbox(engine, tx)
-        run = open_run(&tx.outbox, route.address, route.slot)
+        run = open_run(&tx.outbox, route.address, route.slot, way.socket, way.ecn)
     add_to_run(run, head, head_length, tail, tail_length)
     if alone:
         run.closed = True    # by itself the kernel cuts it into fragments; a run it would refuse
 
 
-cdef inline void take_superframe(engine_state* engine, tx_state* tx, const fib_route* route, uint8_t* packet,
+cdef inline void push_packet(engine_state* engine, tx_state* tx, const tx_way* way, uint8_t* packet,
+                             uint32_t length) noexcept nogil:
+    """What goes in front of the packet is written into the headroom."""
+    if way.overhead:
+        write_frame_head(packet - FRAME_HEAD, &engine.link, way.route.mac, way.version)
+    push_datagram(engine, tx, way, packet - way.overhead, length + way.overhead, NULL, 0)
+
+
+cdef inline void take_superframe(engine_state* engine, tx_state* tx, const tx_way* way, uint8_t* packet,
                                  size_t length) noexcept nogil:
     cdef split_plan plan
-    cdef uint32_t index, payload
+    cdef uint32_t index, payload, head
     cdef uint8_t* stamp
     if not plan_split(&tx.header, packet, length, &plan):
         engine.tx.drops[DROP_SUPERFRAME] += 1
         return
     engine.tx.superframes += 1
+    head = plan.header + way.overhead
     for index in range(plan.segments):
-        if tx.stamped + plan.header > STAMP_BYTES:
+        if tx.stamped + head > STAMP_BYTES:
             send_outbox(engine, tx)
         stamp = tx.stamps + tx.stamped
-        payload = stamp_segment(&plan, index, stamp)
+        if way.overhead:
+            write_frame_head(stamp, &engine.link, way.route.mac, way.version)
+        payload = stamp_segment(&plan, index, stamp + way.overhead)
         # before the push, which may empty the outbox and with it the stamps
-        push_datagram(engine, tx, route, stamp, plan.header, packet + plan.header + index * plan.size, payload)
-        tx.stamped = <uint32_t>(stamp - tx.stamps) + plan.header
+        push_datagram(engine, tx, way, stamp, head, packet + plan.header + index * plan.size, payload)
+        tx.stamped = <uint32_t>(stamp - tx.stamps) + head
 
 
-cdef inline bint too_long(engine_state* engine, tx_state* tx, const fib_route* route, const uint8_t* packet,
-                          const ipv4_view* view) noexcept nogil:
+cdef inline bint too_long(const tx_state* tx, uint32_t mtu, const uint8_t* packet, const ip_view* view) noexcept nogil:
     """Whether a packet, or a segment of a superframe, forbids fragmentation and is longer than the path takes."""
     cdef size_t length = view.length
     cdef size_t segment = tx.header.csum_start + tx.header.gso_size
-    if route.mtu == 0 or not load_be16(packet + 6) & 0x4000:
+    if view.version == 4 and not load_be16(packet + 6) & 0x4000:
         return False
     if tx.header.gso_type and tx.header.csum_start + 13 <= length:
         segment += 8 if tx.header.csum_offset == 6 else (packet[tx.header.csum_start + 12] >> 4) * 4
         if segment < length:
             length = segment
-    return length > route.mtu
+    return length > mtu
+
+
+cdef inline uint32_t find_route(const fib_table* table, const ip_view* view) noexcept nogil:
+    if view.version == 4:
+        return fib_lookup_v4(table, <uint32_t>view.destination)
+    return fib_lookup_v6(table, view.destination)
+
+
+cdef inline tx_way way_of(const engine_state* engine, const fib_route* route, const uint8_t* packet,
+                          const ip_view* view) noexcept nogil:
+    cdef tx_way way
+    way.route = route
+    way.version = view.version
+    way.mtu = route.mtu
+    way.overhead = way.socket = way.ecn = 0
+    if way.mtu and way.version == 6 and way.mtu < LEAST_IPV6_MTU:
+        way.mtu = LEAST_IPV6_MTU
+    if engine.vxlan:
+        way.overhead = FRAME_HEAD
+        way.ecn = encap_ecn(packet)
+    if engine.senders_count > 1:
+        way.socket = flow_socket(engine, packet, view)
+    return way
 
 
 cdef inline void take_packet(engine_state* engine, tx_state* tx, const fib_table* table, uint8_t* packet,
                              size_t length) noexcept nogil:
-    """Look the packet up and append what it stands for to the outbox, or drop it."""
-    cdef ipv4_view view
+    """Look the packet up and append what it stands for to the outbox, or drop it. Before the packet lies the headroom."""
+    cdef ip_view view
+    cdef tx_way way
     cdef uint32_t at
-    cdef int verdict = parse_ipv4(packet, length, &view)
+    cdef int verdict = parse_ip(packet, length, &view)
     if verdict != DROP_REASONS:
         engine.tx.drops[verdict] += 1
         return
-    at = fib_lookup(table, view.destination)
+    at = find_route(table, &view)
     if at == NO_PEER:
         engine.tx.drops[DROP_NO_ROUTE] += 1
-        answer(engine, tx, packet, &view, 0, 0)
-    elif too_long(engine, tx, &table.routes[at], packet, &view):
+        answer(engine, tx, packet, &view, 0)
+        return
+    way = way_of(engine, &table.routes[at], packet, &view)
+    if way.mtu and too_long(tx, way.mtu, packet, &view):
         engine.tx.drops[DROP_PATH_MTU] += 1
-        answer(engine, tx, packet, &view, 4, table.routes[at].mtu)
+        answer(engine, tx, packet, &view, way.mtu)
     elif tx.header.gso_type:
-        take_superframe(engine, tx, &table.routes[at], packet, view.length)
+        take_superframe(engine, tx, &way, packet, view.length)
     elif tx.header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM and not finish_checksum(&tx.header, packet, view.length):
         engine.tx.drops[DROP_SUPERFRAME] += 1
     else:
-        push_datagram(engine, tx, &table.routes[at], packet, <uint32_t>view.length, NULL, 0)
+        push_packet(engine, tx, &way, packet, <uint32_t>view.length)
 
 
 cdef inline ssize_t read_spinning(engine_state* engine, tx_state* tx) noexcept nogil:
     """The first packet of a batch. Where none waits, look again for a while before the caller sleeps."""
-    cdef ssize_t got = tun_read(engine.tun, &tx.header, tx.buffers, BUFFER_BYTES)
+    cdef ssize_t got = tun_read(engine.tun, &tx.header, tx.buffers + HEADROOM, BUFFER_BYTES)
     cdef uint64_t end
     if got != -EAGAIN or engine.spin_ns == 0:
         return got
     end = now_ns() + engine.spin_ns
     while got == -EAGAIN and not stopping(engine) and now_ns() < end:
         sched_yield()
-        got = tun_read(engine.tun, &tx.header, tx.buffers, BUFFER_BYTES)
+        got = tun_read(engine.tun, &tx.header, tx.buffers + HEADROOM, BUFFER_BYTES)
     return got
 
 
@@ -255,7 +331,7 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
             wait_for(engine, &engine.tx, engine.tun, POLLIN)
             continue
         table = enter(engine, &engine.tx)
-        packet = tx.buffers
+        packet = tx.buffers + HEADROOM
         reads = 0
         superframes = engine.tx.superframes
         while got >= 0:
@@ -263,7 +339,7 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
             reads += 1
             if reads == READS or engine.tx.superframes - superframes == READ_SUPERFRAMES:
                 break
-            packet = tx.buffers + <size_t>reads * BUFFER_STRIDE
+            packet = tx.buffers + <size_t>reads * BUFFER_STRIDE + HEADROOM
             got = tun_read(engine.tun, &tx.header, packet, BUFFER_BYTES)
         leave(&engine.tx)
         send_outbox(engine, tx)

@@ -40,6 +40,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendto(int fd, const void* data, size_t length, int flags, const sockaddr* to, unsigned int to_length)
     int MSG_DONTWAIT
     int AF_INET
+    int AF_INET6
 
 cdef extern from "<linux/udp.h>" nogil:
     int UDP_SEGMENT
@@ -50,12 +51,22 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from "<netinet/in.h>" nogil:
     int SOL_UDP "IPPROTO_UDP"
+    int SOL_IP "IPPROTO_IP"
+    int SOL_IPV6 "IPPROTO_IPV6"
+    int IP_TOS
+    int IPV6_TCLASS
     struct in_addr:
         uint32_t s_addr
     struct sockaddr_in:
         unsigned short sin_family
         uint16_t sin_port
         in_addr sin_addr
+    struct in6_addr:
+        uint8_t s6_addr[16]
+    struct sockaddr_in6:
+        unsigned short sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
     uint32_t htonl(uint32_t value)
     uint32_t ntohl(uint32_t value)
     uint16_t htons(uint16_t value)
@@ -115,6 +126,14 @@ cdef extern from "<linux/virtio_net.h>" nogil:
 
 cdef extern from * nogil:
     """
+    typedef unsigned __int128 loden_u128;
+    """
+    # an address of either family in host order, IPv4 as ::ffff:a.b.c.d (RFC 4291 section 2.5.5.2). Cython believes that it
+    # is shorter: it may be computed with, and must never be given to Python.
+    ctypedef unsigned long long u128 "loden_u128"
+
+cdef extern from * nogil:
+    """
     #define loden_load(pointer) __atomic_load_n((pointer), __ATOMIC_SEQ_CST)
     #define loden_store(pointer, value) __atomic_store_n((pointer), (value), __ATOMIC_SEQ_CST)
     """
@@ -139,7 +158,16 @@ cdef enum:                   # mirrors dataplane.errors.DropReason, value for va
     DROP_TUN_WRITE = 6
     DROP_SUPERFRAME = 7
     DROP_PATH_MTU = 8
-    DROP_REASONS = 9         # how many there are; also "not dropped"
+    DROP_NO_VNI = 9
+    DROP_FOREIGN_VNI = 10
+    DROP_RESERVED_BITS = 11
+    DROP_OWN_MAC = 12
+    DROP_OTHER_MAC = 13
+    DROP_PEER_MAC = 14
+    DROP_VLAN = 15
+    DROP_ETHERTYPE = 16
+    DROP_ECN = 17
+    DROP_REASONS = 18        # how many there are; also "not dropped"
 
 cdef enum source_check:
     CHECK_OFF = 0            # anything from anybody, as flannel's udp backend
@@ -152,6 +180,7 @@ cdef enum event_kind:
     EVENT_SEND_FAILED = 2    # address: outer destination; value: errno
     EVENT_TOO_LONG = 3       # address: outer destination; value: bytes of a datagram that its path did not take
     EVENT_CAPABILITY_LOST = 4  # value: which
+    EVENT_SUPERFRAME = 5     # address: outer source of a TCP superframe, which we cut to the pods' MTU; value: its bytes
 
 cdef enum capability:        # mirrors dataplane.path.capability.Capability
     CAPABILITY_UDP_SEGMENT = 0
@@ -159,9 +188,9 @@ cdef enum capability:        # mirrors dataplane.path.capability.Capability
     CAPABILITY_TUN_USO = 2
 
 cdef struct path_event:
-    uint32_t kind
-    uint32_t address
+    u128 address
     uint64_t value
+    uint32_t kind
 
 cdef struct peer_counters:
     uint64_t packets

@@ -11,22 +11,24 @@ from libc.string cimport memcmp, memcpy, memset
 
 from dataplane._fib cimport Fib, fib_table
 from dataplane._offload cimport (
-    MOST_HEADER, chain_packets, finish_checksum, packet_chain, packet_ref, plan_split, split_plan, stamp_segment,
-    stamp_superframe,
+    chain_packets, finish_checksum, mark_unfinished, packet_chain, packet_ref, plan_split, split_plan,
+    stamp_segment, stamp_superframe,
 )
 from dataplane._pump cimport engine_state
 from dataplane._rx cimport PACKETS, rx_state, take_message
 from dataplane._tx cimport ICMP_BURST, take_packet, tx_state
-from dataplane._udpio cimport RUN_DATAGRAMS, datagram_size, prepare_inbox, udp_run
+from dataplane._udpio cimport RUN_DATAGRAMS, add_control, facts_of, prepare_inbox, udp_run
 from dataplane.abi cimport *
-from dataplane.headers cimport build_icmp_error, ipv4_view, may_answer_with_icmp, parse_ipv4
+from dataplane.headers cimport (
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAME_HEAD, ICMP_MOST, VXLAN_HEADER, build_icmp_error, decap_ecn, ip_view,
+    may_answer_with_icmp, parse_frame_head, parse_ip, write_frame_head,
+)
 from seeds cimport *
 
 cdef enum:
     BATCH = 12               # packets that are coalesced together
     LARGE = 1 << 17          # bytes of the slots that hold whole superframes
-    SLOTS = 8                # peers' counters
-    ICMP_MOST = 576
+    SLOTS = 16               # peers' counters, of both IP versions
 
 cdef struct bench:
     engine_state* engine
@@ -43,6 +45,9 @@ cdef struct bench:
     uint64_t segments        # that were cut
     uint64_t merged          # packets that left in superframes
     uint64_t accepted        # datagrams that decapsulation took
+    uint8_t expected[65536]
+    uint8_t found[65536]
+    uint64_t wrong
     bint reached             # by this execution: a superframe was cut or made
     const char* broken       # the property that did not hold
 
@@ -57,8 +62,8 @@ cdef inline bint must(bench* b, bint holds, const char* what) noexcept nogil:
 
 cdef void check_segment(bench* b, const split_plan* plan, uint32_t index, uint32_t payload, const uint8_t* out) noexcept nogil:
     """The headers are the superframe's with lengths, numbers and flags of this segment."""
-    cdef uint8_t expected[MOST_HEADER]
-    cdef uint8_t found[MOST_HEADER]
+    cdef uint8_t* expected = b.expected
+    cdef uint8_t* found = b.found
     cdef uint8_t* l4 = expected + plan.l4
     cdef uint32_t check = plan.l4 + (16 if plan.protocol == 6 else 6)
     memcpy(expected, plan.packet, plan.header)
@@ -88,7 +93,7 @@ cdef void check_segments(bench* b, const split_plan* plan, uint32_t length, bint
     """`sound`: the superframe's own checksum was right, so each segment's is."""
     cdef uint32_t index, payload, total = 0, sum, protocol = plan.protocol
     cdef uint8_t* out = b.stamp - plan.header
-    must(b, plan.header <= MOST_HEADER and plan.header < length, b"headers lie within the superframe")
+    must(b, plan.header < length, b"headers lie within the superframe")
     for index in range(plan.segments):
         payload = stamp_segment(plan, index, out)
         must(b, 0 < payload <= plan.size and (payload == plan.size or index + 1 == plan.segments),
@@ -111,10 +116,10 @@ cdef uint32_t make_superframe(uint64_t* state, uint8_t* end, virtio_net_hdr* hea
     cdef packet_shape shape
     cdef uint32_t payload = 1 + below(state, 400)
     draw_flow(state, &flow, v6)
-    flow.extension = 8 * below(state, 3) if flow.v6 and one_in(state, 4) else 0
-    if one_in(state, 64):
-        payload = 1 + below(state, 65535 - MOST_HEADER)
+    flow.extension = 8 * below(state, 20 if one_in(state, 8) else 3) if flow.v6 and one_in(state, 4) else 0
     shape = shape_of(&flow)
+    if one_in(state, 64):
+        payload = 1 + below(state, 65535 - shape.header)
     packet[0] = end - shape.header - payload
     write_packet(state, &flow, packet[0], payload, <uint8_t>(draw(state) | 0x10), False)
     header.flags = 1
@@ -180,7 +185,9 @@ cdef void check_round_trip(bench* b, const packet_ref* refs, const packet_chain*
     stamp_superframe(refs, chain, &header, out)
     memcpy(whole, out, first.header)
     while True:
-        must(b, all_right(packet.data, packet.l4, packet.protocol, packet.length), b"only right checksums are merged")
+        must(b, packet.segment == 0, b"a superframe is not merged")
+        must(b, packet.check_start or all_right(packet.data, packet.l4, packet.protocol, packet.length),
+             b"only right checksums are merged")
         memcpy(whole + first.header + at, packet.data + packet.header, packet.payload)
         at += packet.payload
         if packet.next == NO_PEER:
@@ -196,6 +203,9 @@ cdef void check_round_trip(bench* b, const packet_ref* refs, const packet_chain*
         if out[0] >> 4 == 4 and out[6] & 0x40:
             memcpy(out + 4, packet.data + 4, 2)
             memcpy(out + 10, packet.data + 10, 2)
+        if packet.check_start:
+            memcpy(out + packet.check_start + packet.check_offset,
+                   packet.data + packet.check_start + packet.check_offset, 2)
         must(b, memcmp(out, packet.data, first.header) == 0, b"each packet gets its headers back")
         index += 1
         if packet.next == NO_PEER:
@@ -231,7 +241,7 @@ cdef void check_order(bench* b, const packet_ref* refs, uint32_t count) noexcept
 
 
 cdef void check_chains(bench* b, packet_ref* refs, uint32_t count, bint tcp, bint udp) noexcept nogil:
-    cdef uint32_t made = chain_packets(refs, count, b.chains, tcp, udp)
+    cdef uint32_t made = chain_packets(refs, count, b.chains, tcp, udp, &b.wrong)
     cdef uint32_t i, at, last, packets, payload, left = 0
     cdef packet_chain* chain
     memset(b.taken, 0, count)
@@ -267,6 +277,7 @@ cdef void fuzz_coalesce(bench* b, uint64_t* state) noexcept nogil:
     cdef flow_seed* flow
     cdef uint32_t count = 2 + below(state, BATCH - 1), i, payload, size = 1 + below(state, 1200 if one_in(state, 8) else 120)
     cdef uint8_t flags
+    cdef ip_view view
     for i in range(2):
         draw_flow(state, &flows[i], one_in(state, 2))
     for i in range(count):
@@ -274,16 +285,25 @@ cdef void fuzz_coalesce(bench* b, uint64_t* state) noexcept nogil:
         payload = size if not one_in(state, 10) else below(state, size + 2)
         flags = 0x10 if not one_in(state, 10) else <uint8_t>(0x10 | draw(state))
         b.refs[i].data = b.packets[i] - shape_of(flow).header - payload
-        b.refs[i].length = write_packet(state, flow, b.refs[i].data, payload, flags, True)
+        b.refs[i].length = write_packet(state, flow, b.refs[i].data, payload, flags, not one_in(state, 6))
+        b.refs[i].check_start = b.refs[i].segment = 0
         if not one_in(state, 30):
             flow.sequence += payload
             flow.identification += 1
         if one_in(state, 16):
             b.refs[i].length = spoil(state, &b.refs[i].data, b.refs[i].length)
+        if parse_ip(b.refs[i].data, b.refs[i].length, &view) == DROP_REASONS and view.length == b.refs[i].length:
+            mark_unfinished(&b.refs[i], &view)
     check_chains(b, b.refs, count, not one_in(state, 16), not one_in(state, 16))
 
 
 # ------------------------------------------------------------------------------------------ the ways of both pumps
+
+cdef inline void peer_mac(uint8_t* mac, uint32_t peer) noexcept nogil:
+    memset(mac, 0, 6)
+    mac[0] = 2
+    mac[5] = <uint8_t>peer
+
 
 cdef inline uint64_t all_drops(const uint64_t* drops) noexcept nogil:
     cdef uint64_t total = 0
@@ -293,31 +313,95 @@ cdef inline uint64_t all_drops(const uint64_t* drops) noexcept nogil:
     return total
 
 
+cdef void put_control(uint64_t* state, msghdr* message, uint8_t* memory, int gro, int ecn, bint v6) noexcept nogil:
+    """What the kernel says beside a message, now and then garbled."""
+    cdef uint8_t tos = <uint8_t>ecn
+    cdef size_t size = CMSG_SPACE(sizeof(int))
+    message.msg_control = memory
+    message.msg_controllen = 0
+    add_control(message, memory, SOL_UDP, UDP_GRO, &gro, sizeof(int))
+    if v6:
+        add_control(message, memory, SOL_IPV6, IPV6_TCLASS, &ecn, sizeof(int))
+    else:
+        add_control(message, memory, SOL_IP, IP_TOS, &tos, 1)
+    if one_in(state, 24):
+        memory[below(state, <uint32_t>message.msg_controllen)] = <uint8_t>draw(state)
+    if one_in(state, 24):
+        message.msg_controllen = below(state, <uint32_t>message.msg_controllen + 1)
+
+
+cdef void put_source(rx_state* rx, uint32_t peer, bint v6) noexcept nogil:
+    """198.18.0.N or fd00:198:18::N"""
+    memset(&rx.inbox.sources[0], 0, sizeof(rx.inbox.sources[0]))
+    if v6:
+        rx.inbox.sources[0].v6.sin6_family = AF_INET6
+        put32(rx.inbox.sources[0].v6.sin6_addr.s6_addr, <uint32_t>0xFD000198)
+        put16(rx.inbox.sources[0].v6.sin6_addr.s6_addr + 4, 0x18)
+        put16(rx.inbox.sources[0].v6.sin6_addr.s6_addr + 14, peer)
+    else:
+        rx.inbox.sources[0].v4.sin_family = AF_INET
+        rx.inbox.sources[0].v4.sin_addr.s_addr = htonl(<uint32_t>0xC6120000 | peer)
+
+
+cdef void check_accepted(bench* b, const uint8_t* first, bint v6, uint32_t peer) noexcept nogil:
+    cdef uint32_t i, source
+    cdef const packet_ref* packet
+    for i in range(b.rx.count):
+        packet = &b.rx.packets[i]
+        must(b, packet.data >= first and packet.length >= 20 and packet.data + packet.length <= b.large,
+             b"a packet lies within its message")
+        if b.engine.check == CHECK_STRICT:
+            source = get32(packet.data + (20 if packet.data[0] >> 4 == 6 else 12))
+            must(b, source >> 8 == <uint32_t>0x0A0100 | peer, b"a source is its peer's")
+        if packet.segment:
+            must(b, b.engine.vxlan and packet.check_start, b"a superframe comes in a frame, its checksum unfinished")
+        if b.engine.vxlan:
+            must(b, packet.data[0] >> 4 == (6 if v6 else 4), b"a device carries its IP version only")
+
+
 cdef void fuzz_receive(bench* b, uint64_t* state) noexcept nogil:
-    """A message as UDP_GRO hands it over: datagrams of one size, the last may be shorter."""
+    """A message as UDP_GRO hands it over: datagrams of one size, the last may be shorter; packets, or frames, or one frame
+    with a superframe in it."""
     cdef rx_state* rx = b.rx
     cdef engine_state* engine = b.engine
     cdef msghdr* message = &rx.inbox.messages[0].msg_hdr
     cdef flow_seed flow
     cdef uint32_t count = 1 + below(state, 9), size, tail, header, length, i, peer = 1 + below(state, 6)
     cdef uint8_t* at
-    cdef cmsghdr* control
-    cdef int gro
+    cdef uint8_t mac[6]
+    cdef bint v6 = one_in(state, 2), super_ = False
+    cdef int gro, ecn = <int>below(state, 4)
     cdef uint64_t before
-    draw_flow(state, &flow, False)
+    engine.vxlan = one_in(state, 2)
+    engine.link.ethertype = ETHERTYPE_IPV6 if v6 else ETHERTYPE_IPV4
+    draw_flow(state, &flow, v6)
     if not one_in(state, 8):
         flow.source = (flow.source & <uint32_t>0xFFFF00FF) | (peer << 8)
     header = shape_of(&flow).header
     size = 1 + below(state, 200)
+    if engine.vxlan and one_in(state, 4):
+        super_ = True
+        count = 1
+        size = 1 + below(state, 4000)
     tail = 1 + below(state, size)
+    if engine.vxlan:
+        header += FRAME_HEAD
     length = (count - 1) * (header + size) + header + tail
     gro = <int>(header + size if count > 1 else length)
+    if super_ and one_in(state, 2):
+        gro = <int>below(state, length) + 1
     at = b.large - length
     rx.inbox.parts[0].iov_base = at
+    peer_mac(mac, peer)
     for i in range(count):
         if i + 1 == count:
             size = tail
-        write_packet(state, &flow, at, size, 0x10, True)
+        if engine.vxlan:
+            write_frame_head(at, &engine.link, engine.link.mac, 6 if v6 else 4)
+            memcpy(at + VXLAN_HEADER + 6, mac, 6)
+            write_packet(state, &flow, at + FRAME_HEAD, size, 0x10, one_in(state, 2))
+        else:
+            write_packet(state, &flow, at, size, 0x10, True)
         flow.sequence += size
         flow.identification += 1
         if one_in(state, 20):
@@ -329,31 +413,17 @@ cdef void fuzz_receive(bench* b, uint64_t* state) noexcept nogil:
         rx.inbox.parts[0].iov_base = b.large - rx.inbox.messages[0].msg_len
     if one_in(state, 12):
         gro = <int>draw(state) if one_in(state, 2) else <int>below(state, 64)
-    message.msg_control = rx.inbox.control[0]
-    message.msg_controllen = CMSG_SPACE(sizeof(int))
-    control = CMSG_FIRSTHDR(message)
-    control.cmsg_level = SOL_UDP
-    control.cmsg_type = UDP_GRO
-    control.cmsg_len = CMSG_LEN(sizeof(int))
-    memcpy(CMSG_DATA(control), &gro, sizeof(int))
-    if one_in(state, 24):
-        rx.inbox.control[0][below(state, <uint32_t>CMSG_SPACE(sizeof(int)))] = <uint8_t>draw(state)
-    if one_in(state, 24):
-        message.msg_controllen = below(state, <uint32_t>CMSG_SPACE(sizeof(int)) + 1)
-    rx.inbox.sources[0].sin_addr.s_addr = htonl(<uint32_t>0xC6120000 | peer)
+    put_control(state, message, rx.inbox.control[0], gro, ecn, engine.vxlan and v6)
+    put_source(rx, peer, engine.vxlan and v6)
     engine.check = <int>below(state, 3)
     before = all_drops(engine.rx.drops) + engine.rx.packets
-    size = datagram_size(&rx.inbox, 0)
+    size = facts_of(&rx.inbox, 0).size
     count = (rx.inbox.messages[0].msg_len + size - 1) // size if size else 1
     take_message(engine, rx, <const fib_table*>engine.table, 0, 1)
-    must(b, rx.count <= PACKETS and all_drops(engine.rx.drops) + engine.rx.packets - before + rx.count == count,
+    i = <uint32_t>(all_drops(engine.rx.drops) + engine.rx.packets - before) + rx.count
+    must(b, rx.count <= PACKETS and (i == count or (engine.vxlan and i == 1)),
          b"every datagram is accepted, delivered or dropped")
-    for i in range(rx.count):
-        at = rx.packets[i].data
-        must(b, at >= b.large - length and rx.packets[i].length >= 20 and at + rx.packets[i].length <= b.large,
-             b"a packet lies within its message")
-        if engine.check == CHECK_STRICT:
-            must(b, get32(at + 12) >> 8 == <uint32_t>0x0A0100 | peer, b"a source is its peer's")
+    check_accepted(b, b.large - length, v6, peer)
     b.accepted += rx.count
     check_chains(b, rx.packets, rx.count, True, True)
     rx.count = 0
@@ -364,7 +434,8 @@ cdef void check_run(bench* b, const udp_run* run) noexcept nogil:
     cdef uint32_t part, bytes = 0
     for part in range(run.used):
         bytes += <uint32_t>run.parts[part].iov_len
-    must(b, bytes == run.bytes and bytes <= 65507, b"a run counts its bytes")
+    # one that is longer than any datagram goes alone, to be refused
+    must(b, bytes == run.bytes and (bytes <= 65507 or run.count == 1), b"a run counts its bytes")
     must(b, 0 < run.count <= RUN_DATAGRAMS and (run.count - 1) * run.size < bytes <= run.count * run.size,
          b"a run's datagrams are of one size")
 
@@ -374,10 +445,13 @@ cdef void fuzz_transmit(bench* b, uint64_t* state) noexcept nogil:
     cdef engine_state* engine = b.engine
     cdef split_plan plan
     cdef uint8_t* packet
-    cdef uint32_t length = make_superframe(state, b.large, &tx.header, False, &packet)
+    cdef bint v6 = one_in(state, 2)
+    cdef uint32_t length = make_superframe(state, b.large, &tx.header, v6, &packet)
     cdef uint32_t i, datagrams = 0
     cdef uint64_t dropped, cut = engine.tx.superframes
-    cdef ipv4_view view
+    cdef ip_view view
+    engine.vxlan = one_in(state, 2)
+    engine.senders_count = 1 + below(state, 8)
     if one_in(state, 4):
         spoil_header(state, &tx.header, length)
     if one_in(state, 4):
@@ -385,13 +459,15 @@ cdef void fuzz_transmit(bench* b, uint64_t* state) noexcept nogil:
     if one_in(state, 8):
         memset(&tx.header, 0, sizeof(virtio_net_hdr))
     plan.segments = 1
-    if tx.header.gso_type and parse_ipv4(packet, length, &view) == DROP_REASONS:
+    if tx.header.gso_type and parse_ip(packet, length, &view) == DROP_REASONS:
         plan_split(&tx.header, packet, view.length, &plan)
     dropped = all_drops(engine.tx.drops)
     take_packet(engine, tx, <const fib_table*>engine.table, packet, length)
     for i in range(tx.outbox.count):
         check_run(b, &tx.outbox.runs[i])
         datagrams += tx.outbox.runs[i].count
+        must(b, tx.outbox.runs[i].socket < engine.senders_count, b"a run has a socket")
+        must(b, engine.vxlan or tx.outbox.runs[i].ecn == 0, b"only frames carry congestion marks outside")
     dropped = all_drops(engine.tx.drops) - dropped
     must(b, dropped + datagrams == 1 or dropped + datagrams == plan.segments, b"every datagram is in a run, or dropped")
     b.reached |= engine.tx.superframes > cut and plan.segments > 1
@@ -401,23 +477,53 @@ cdef void fuzz_transmit(bench* b, uint64_t* state) noexcept nogil:
 
 cdef void fuzz_icmp(bench* b, uint64_t* state) noexcept nogil:
     cdef flow_seed flow
-    cdef ipv4_view view
+    cdef ip_view view
     cdef uint8_t* packet
     cdef uint8_t* out = b.stamp - ICMP_MOST
-    cdef uint32_t length, payload = below(state, 700)
-    draw_flow(state, &flow, False)
+    cdef uint8_t source[16]
+    cdef uint32_t length, header, payload = below(state, 1400)
+    cdef bint too_big = one_in(state, 2)
+    draw_flow(state, &flow, one_in(state, 2))
+    flow.extension = 8 * below(state, 4) if flow.v6 else 0
     packet = b.packets[0] - shape_of(&flow).header - payload
     length = write_packet(state, &flow, packet, payload, 0x10, True)
     if one_in(state, 2):
         length = spoil(state, &packet, length)
-    if parse_ipv4(packet, length, &view) != DROP_REASONS:
+    if parse_ip(packet, length, &view) != DROP_REASONS:
         return
+    memset(source, 1, 16)
     must(b, view.length <= length, b"a packet's length is no more than was read")
-    if may_answer_with_icmp(packet, &view):
-        length = <uint32_t>build_icmp_error(out, 1, 3, 4, 1400, packet, &view)
-        must(b, 28 < length <= ICMP_MOST, b"an ICMP error has 576 bytes at most")
-        must(b, plain_sum(out, 20, 0) == 0xFFFF and plain_sum(out + 20, length - 20, 0) == 0xFFFF,
-             b"an ICMP error's checksums are right")
+    if may_answer_with_icmp(packet, &view, too_big):
+        length = <uint32_t>build_icmp_error(out, source, 1400 if too_big else 0, packet, &view)
+        header = 20 if view.version == 4 else 40
+        must(b, header + 8 < length <= <uint32_t>(576 if view.version == 4 else ICMP_MOST), b"an ICMP error is short")
+        must(b, plain_sum(out + header, length - header, pseudo(out, 58, length - header) if header == 40 else 0) == 0xFFFF,
+             b"an ICMP error's checksum is right")
+        must(b, header == 40 or plain_sum(out, 20, 0) == 0xFFFF, b"an ICMP error's IP checksum is right")
+
+
+cdef void fuzz_frame(bench* b, uint64_t* state) noexcept nogil:
+    """Heads of frames, and congestion marks of whatever parses as a packet."""
+    cdef flow_seed flow
+    cdef ip_view view
+    cdef uint8_t* frame
+    cdef uint8_t* packet
+    cdef uint32_t length, payload = below(state, 40)
+    cdef int verdict
+    draw_flow(state, &flow, one_in(state, 2))
+    packet = b.packets[0] - shape_of(&flow).header - payload
+    length = write_packet(state, &flow, packet, payload, 0x10, True)
+    frame = packet - FRAME_HEAD
+    b.engine.link.ethertype = ETHERTYPE_IPV6 if flow.v6 else ETHERTYPE_IPV4
+    write_frame_head(frame, &b.engine.link, b.engine.link.mac, 6 if flow.v6 else 4)
+    frame[VXLAN_HEADER + 6] ^= 2
+    verdict = parse_frame_head(frame, FRAME_HEAD + length, &b.engine.link)
+    must(b, verdict == DROP_REASONS, b"a sound frame is taken")
+    length = spoil(state, &frame, FRAME_HEAD + length)
+    verdict = parse_frame_head(frame, length, &b.engine.link)
+    must(b, verdict != DROP_REASONS or length >= FRAME_HEAD, b"a frame that is taken has a whole head")
+    if verdict == DROP_REASONS and parse_ip(frame + FRAME_HEAD, length - FRAME_HEAD, &view) == DROP_REASONS:
+        decap_ecn(frame + FRAME_HEAD, <uint8_t>below(state, 4))
 
 
 cdef inline void execute(bench* b, uint64_t number) noexcept nogil:
@@ -432,8 +538,10 @@ cdef inline void execute(bench* b, uint64_t number) noexcept nogil:
         fuzz_receive(b, &state)
     elif target < 15:
         fuzz_transmit(b, &state)
-    else:
+    elif one_in(&state, 2):
         fuzz_icmp(b, &state)
+    else:
+        fuzz_frame(b, &state)
 
 
 cdef bint prepare(bench* b, Fib fib, int sink):
@@ -444,7 +552,7 @@ cdef bint prepare(bench* b, Fib fib, int sink):
     b.tx = <tx_state*>calloc(1, sizeof(tx_state))
     b.large = guarded(LARGE)
     b.whole = guarded(LARGE)
-    b.stamp = guarded(PAGE)
+    b.stamp = guarded(LARGE)
     if not (b.engine and b.rx and b.tx and b.large and b.whole and b.stamp):
         return False
     for i in range(BATCH):
@@ -453,7 +561,17 @@ cdef bint prepare(bench* b, Fib fib, int sink):
             return False
     b.engine.table = fib.table
     b.engine.tun = sink
-    b.engine.udp = b.engine.icmp = b.engine.stop_fd = b.engine.event_fd = -1
+    b.engine.udp = b.engine.icmp_v4 = b.engine.icmp_v6 = b.engine.stop_fd = b.engine.event_fd = -1
+    b.engine.senders_count = 1
+    for i in range(8):
+        b.engine.senders[i] = -1
+    b.engine.flow_keys[0] = 1
+    b.engine.flow_keys[1] = 2
+    b.engine.segment_mtu = 1400
+    b.engine.link.head[0] = 0x08
+    b.engine.link.head[6] = 1
+    memset(b.engine.link.mac, 2, 6)
+    memset(b.engine.link.head + VXLAN_HEADER + 6, 2, 6)
     b.engine.slots = SLOTS
     b.engine.sent = <peer_counters*>calloc(SLOTS, sizeof(peer_counters))
     b.engine.received = <peer_counters*>calloc(SLOTS, sizeof(peer_counters))

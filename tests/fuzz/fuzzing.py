@@ -20,16 +20,23 @@ from pathlib import Path
 
 from tests.fuzz.building import ROOT, build_fuzzer
 
-ROUTE = struct.Struct("6I")  # subnet, mask, outer address, slot, path MTU, 1 to remove
+ROUTE = struct.Struct("=16s16sIHBB6s2x")  # see dataplane._fib.Fib.updated
 PEERS = 4
 
 
 def routes() -> bytes:
-    """10.1.N.0/24 behind 198.18.0.N; the last one's path takes less than ours."""
-    return b"".join(
-        ROUTE.pack(0x0A010000 + (n << 8), 0xFFFFFF00, 0xC6120000 + n, n, 300 if n == PEERS else 0, 0)
-        for n in range(1, PEERS + 1)
-    )
+    """10.1.N.0/24 and fd00::a01:N00/120 behind 198.18.0.N, and for VXLAN over IPv6 fd00::a01:N00/121 behind
+    fd00:198:18::N; the last one's path takes less than ours."""
+    found = []
+    for n in range(1, PEERS + 1):
+        v4, mapped = bytes((10, 1, n, 0)), bytes(10) + b"\xff\xff"
+        v6, at = b"\xfd" + bytes(11) + v4, mapped + bytes((198, 18, 0, n))
+        outer = bytes.fromhex("fd0001980018") + bytes(9) + bytes([n])
+        mtu, mac = 300 if n == PEERS else 0, bytes((2, 0, 0, 0, 0, n))
+        found.append(ROUTE.pack(mapped + v4, at, n, mtu, 96 + 24, 0, mac))
+        found.append(ROUTE.pack(v6, at, n + PEERS, mtu, 120, 0, mac))
+        found.append(ROUTE.pack(v6, outer, n + 2 * PEERS, mtu, 121, 0, mac))
+    return b"".join(found)
 
 
 def run_here(built: Path, first: int, count: int, position: Path) -> int:

@@ -18,7 +18,6 @@ from dataplane.path.superframe import (
     FIN,
     GSO_ECN,
     GSO_UDP_L4,
-    MOST_HEADER,
     NEEDS_CSUM,
     PSH,
     TCP,
@@ -66,8 +65,8 @@ def _extensions(rng: random.Random, protocol: int) -> tuple[int, bytes]:
         if kind == ROUTING:  # type 4 with no segments left, which a router does not look at
             found = bytes([following, 2, 4, 0, 0, 0, 0, 0]) + SEGMENT + found
         else:
-            units = rng.choice([0, 0, 1])
-            length = 8 * units + 4  # of the PadN option
+            units = rng.choice([0, 0, 1, 8])
+            length = 8 * units + 4  # of the option
             found = bytes([following, units, SKIPPED_OPTION, length]) + rng.randbytes(length) + found
         following = kind
     return following, found
@@ -78,8 +77,6 @@ def _ip(rng: random.Random, version: int, label: int, protocol: int, follows: by
     hops = rng.choice([2, 64, 255])
     if version == 6:
         first, extensions = _extensions(rng, protocol) if rng.random() < 0.3 else (protocol, b"")
-        if 40 + len(extensions) + room > MOST_HEADER:  # more than that we do not cut
-            first, extensions = protocol, b""
         word = 0x60000000 | rng.getrandbits(28)
         header = struct.pack("!IHBB", word, len(extensions) + len(follows), first, hops)
         header += SOURCE_6 + struct.pack("!I", label) + DESTINATION_6 + extensions

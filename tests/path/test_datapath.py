@@ -22,7 +22,7 @@ from dataplane.errors import DropReason
 from dataplane.kernel import underlay
 from dataplane.path import datapath, superframe, wire
 from dataplane.path.capability import EVERYTHING, Capability
-from dataplane.path.datapath import Datapath, PathEvent, PathEventKind, SourceCheck
+from dataplane.path.datapath import Datapath, IcmpSender, Outer, PathEvent, PathEventKind, SourceCheck
 from tests.namespaces import open_namespace
 
 HEADER = bytes(10)  # struct virtio_net_hdr with nothing asked for
@@ -55,10 +55,9 @@ class Rig:
         self.events: list[PathEvent] = []
         self.path = Datapath(
             self._tun.fileno(),
-            self._udp.fileno(),
-            self._icmp.fileno(),
-            port=self.port,
-            icmp_source=OURS.network_address,
+            Outer(self._udp.fileno(), self.port),
+            [IcmpSender(self._icmp.fileno(), OURS.network_address)],
+            mtu=1472,
             source_check=check,
             capabilities=capabilities,
             run_datagrams=128,
@@ -203,7 +202,7 @@ def test_no_route_is_answered_with_net_unreachable() -> None:
         node.command("ip", "address", "add", "10.5.1.2/24", "dev", "lo")
         node.command("ip", "address", "add", f"{OURS.network_address}/32", "dev", "lo")
         answers, drops, errors = node.run(unreachable_answers, [lost])
-    expected = wire.icmp_unreachable(OURS.network_address, lost)
+    expected = wire.icmp_error(OURS.network_address, lost)
     assert expected is not None
     assert [without_id(answer) for answer in answers] == [without_id(expected)]
     assert (drops, errors) == ({DropReason.NO_ROUTE: 1}, 1)
@@ -227,7 +226,9 @@ def test_icmp_errors_are_rate_limited() -> None:
         (packet("10.5.2.9", "10.5.1.2")[:-1], DropReason.LENGTH),
         (b"\x44" + packet("10.5.2.9", "10.5.1.2")[1:], DropReason.NOT_IP),
         (b"\x4f" + packet("10.5.2.9", "10.5.1.2", b"")[1:], DropReason.LENGTH),
-        (b"\x60" + bytes(60), DropReason.NOT_IP),
+        (b"\x60" + bytes(38), DropReason.NOT_IP),
+        (b"\x60\0\0\0\0\x15" + bytes(54), DropReason.LENGTH),
+        (b"\x60" + bytes(60), DropReason.SPOOFED_SOURCE),
         (packet("10.5.3.9", "10.5.1.2"), DropReason.SPOOFED_SOURCE),
         (packet("10.5.1.9", "10.5.1.2"), DropReason.SPOOFED_SOURCE),
     ],
@@ -508,6 +509,7 @@ async def test_what_waits_is_merged_across_messages_and_can_be_cut_again(fast: R
     header = superframe.VnetHeader.decode(got[:10])
     assert header.gso_type == superframe.GSO_TCPV4
     assert superframe.segments(header, got[10:]) == swapped
+    await asyncio.sleep(0.05)  # counted after the write that we have seen
     assert fast.path.statistics().rx["packets"] == 20
     assert fast.path.statistics().rx["superframes"] == 1
 
