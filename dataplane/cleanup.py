@@ -7,6 +7,7 @@ at this place is not disturbed (its lock refuses us).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ async def cleanup(options: Options) -> None:
             for _, subnet in subnetfile.read_networks(places.subnet_file):
                 if await netlink.remove_blackhole(subnet):
                     log.info("Removed the blackhole route of %s", subnet)
-            await _remove_device(netlink, subnetfile.read_state(places.state).device)
+            await _remove_devices(netlink, subnetfile.read_state(places.state).device.split())
         finally:
             await netlink.close()
         for place in (places.state, places.control_socket):
@@ -57,9 +58,9 @@ async def _remove_rules() -> list[str]:
     return troubles
 
 
-async def _remove_device(netlink: Netlink, device: str) -> None:
+async def _remove_devices(netlink: Netlink, devices: Sequence[str]) -> None:
     from dataplane.kernel import tun
 
-    if device in tun.leftovers(await netlink.links()):
+    for device in set(devices) & set(tun.leftovers(await netlink.links())):
         await netlink.remove_link(device)
         log.info("Removed device %s", device)

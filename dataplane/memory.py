@@ -1,4 +1,4 @@
-"""Owns what this daemon remembers for its next start, while it runs: its device, its network, its lease, its peers.
+"""Owns what this daemon remembers for its next start, while it runs: its device and MAC, its network, lease and peers.
 
 Free of: the file's format (kernel.subnetfile). Invariant: the file says what was last told here, or an older whole
 truth; that it cannot be written is logged and never ends a daemon. What is remembered of one network config is
@@ -54,8 +54,17 @@ class Memory:
 
     @property
     def device(self) -> str:
-        """The device that is ours, empty for none."""
+        """The devices that are ours, parted by blanks; empty for none."""
         return self._state.device
+
+    @property
+    def mac(self) -> bytes:
+        """What our VTEP was known by, empty for nothing."""
+        try:
+            mac = bytes.fromhex(self._state.mac)
+        except ValueError:
+            return b""
+        return mac if len(mac) == 6 and not mac[0] & 1 and any(mac) else b""
 
     def claim(self) -> Claim | None:
         """The lease that is provably ours, whatever this node's address is now."""
@@ -83,6 +92,9 @@ class Memory:
 
     def keep_device(self, name: str) -> None:
         self._keep(device=name)
+
+    def keep_mac(self, mac: bytes) -> None:
+        self._keep(mac=mac.hex())
 
     def keep_network(self, store: str, config: bytes) -> None:
         """The network that the daemon is about to join; leases of another one are forgotten."""

@@ -170,7 +170,7 @@ class Netlink:
         return link is not None and self._delete_address(name, link.index, address)
 
     @_in_worker
-    def ensure_route(self, destination: IPv4Network, name: str) -> bool:
+    def ensure_route(self, destination: IPv4Network | IPv6Network, name: str) -> bool:
         """Route `destination` through the device, without gateway and source; True if it was not so.
 
         Raises KernelError with the holder's name where the main table routes the same destination through another
@@ -191,7 +191,7 @@ class Netlink:
         return True
 
     @_in_worker
-    def remove_route(self, destination: IPv4Network, name: str) -> bool:
+    def remove_route(self, destination: IPv4Network | IPv6Network, name: str) -> bool:
         """Remove the route through this device only; False where device or route is absent already."""
         link = self._find(name)
         if link is None or not any(route.device_index == link.index for route in self._routes(destination)):
@@ -394,6 +394,12 @@ def quiet_ipv6(name: str) -> bool:
     unprivileged container). Raises KernelError where there is no such device.
     """
     return _set_ipv6(name, {"accept_ra": "0", "disable_ipv6": "1"})
+
+
+def restrain_ipv6(name: str) -> bool:
+    """Let the device carry IPv6, with nothing of the kernel's own: no address of its making, and nobody in the overlay
+    tells this node its routes. Returns and raises as `quiet_ipv6`."""
+    return _set_ipv6(name, {"accept_ra": "0", "addr_gen_mode": "1", "disable_ipv6": "0"})
 
 
 def _set_ipv6(name: str, settings: Mapping[str, str]) -> bool:

@@ -150,6 +150,7 @@ class DaemonState:
     """
 
     device: str = ""
+    """Parted by blanks, where there are two."""
     store: str = ""
     config: bytes = b""
     own: Entry | None = None
@@ -158,6 +159,8 @@ class DaemonState:
     expires: float = 0.0
     revision: int = 0
     peers: tuple[Entry, ...] = ()
+    mac: str = ""
+    """Of our VTEP, in hexadecimal digits."""
 
 
 class _StateFile(msgspec.Struct):

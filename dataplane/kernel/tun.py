@@ -48,7 +48,7 @@ TUN_F_OFFLOADS = {Capability.TUN_TSO: 0x02 | 0x04, Capability.TUN_USO: 0x20 | 0x
 UNSEEN = "a process that cannot be seen from here"
 
 _IFREQ = struct.Struct("16sH22x")
-_LEFTOVER = re.compile(r"flannel\d+")
+_LEFTOVER = re.compile(r"flannel\d+|flannel(-v6)?\.\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,8 @@ def release(tun: Tun) -> None:
 
 
 def leftovers(links: Sequence[Link]) -> list[str]:
-    """Names of the TUN devices `flannelN` among `links` that no process holds: a kill left them."""
+    """Names of the TUN devices `flannelN`, `flannel.N` and `flannel-v6.N` among `links` that no process holds: a kill
+    left them."""
     # only a TAP has a MAC address
     return [k.name for k in links if k.kind == "tun" and _LEFTOVER.fullmatch(k.name) and not (k.carrier or k.address)]
 

@@ -1,7 +1,7 @@
 """Owns the UDP sockets that face the other nodes: bound, sized and set up for the pumps.
 
-Free of: datagrams. Invariant: a socket has its address and port for itself (no SO_REUSEADDR, no SO_REUSEPORT), and
-no error queue: with IP_RECVERR one dead peer's ICMP would fail the next send to a live one.
+Free of: datagrams. Invariant: a socket that receives has its address and port for itself (no SO_REUSEADDR, no
+SO_REUSEPORT), and no error queue: with IP_RECVERR one dead peer's ICMP would fail the next send to a live one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from dataplane.errors import KernelError
@@ -24,17 +25,24 @@ BUFFER_BYTES = 8 << 20
 # linux/in.h, asm-generic/socket.h: not in Python's socket module before 3.14
 IP_PKTINFO = 8
 IP_MTU_DISCOVER = 10
+IP_PMTUDISC_DONT = 0
 IP_PMTUDISC_WANT = 1
 IP_MTU = 14
+IPV6_MTU_DISCOVER = 23
+IPV6_MTU = 24
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 
 
+Address = IPv4Address | IPv6Address
+
+
 @dataclass(frozen=True, slots=True)
 class UdpSocket:
-    """A bound socket that does not block; each datagram is received with its TOS byte as a control message.
+    """A bound socket that does not block; each datagram is received with its TOS byte or traffic class as a control
+    message.
 
     `receive_buffer`, `send_buffer`: bytes that the kernel granted (it counts its own overhead in them, so twice
     what was asked). `notes`: a sentence for each thing that was not granted.
@@ -58,33 +66,32 @@ class UdpSocket:
 
 
 def open_udp(
-    address: IPv4Address,
+    address: Address,
     port: int,
     *,
     interface: str = "",
     links: Sequence[Link] = (),
     wanted: Collection[Capability] = (),
 ) -> UdpSocket:
-    """Bind address and port. `interface` and `links` only make errors clearer: where the address should be, and
-    which kernel device may hold the port. `wanted`: which of UDP_SEGMENT and UDP_GRO to use where the kernel can.
+    """Bind address and port; 0.0.0.0 and :: stand for every address of their version, and of that one only. `interface`
+    and `links` only make errors clearer: where the address should be, and which kernel device may hold the port.
+    `wanted`: which of UDP_SEGMENT and UDP_GRO to use where the kernel can.
 
     Raises KernelError: somebody holds the port (and who), or this node does not have the address.
     """
-    underlay = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        underlay.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT)
-        underlay.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
-        underlay.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 0)
+        underlay = _bound(address, port, IP_PMTUDISC_WANT)
         received = _grow(underlay, SO_RCVBUFFORCE, socket.SO_RCVBUF)
         sent = _grow(underlay, SO_SNDBUFFORCE, socket.SO_SNDBUF)
-        underlay.bind((str(address), port))
     except OSError as error:
-        underlay.close()
         reason = _reason(error, address, port, interface, links)
-        raise KernelError(f"cannot bind UDP {address}:{port}: {reason}") from error
+        raise KernelError(f"cannot bind UDP {_place(address, port)}: {reason}") from error
     notes = [
-        f"the {word} buffer of UDP {address}:{port} is {granted} bytes, not {2 * BUFFER_BYTES}: raise sysctl {knob}"
-        for word, granted, knob in (("receive", received, "net.core.rmem_max"), ("send", sent, "net.core.wmem_max"))
+        f"the {word} buffer of UDP {_place(address, port)} is {granted} bytes, not {2 * BUFFER_BYTES}: raise {knob}"
+        for word, granted, knob in (
+            ("receive", received, "sysctl net.core.rmem_max"),
+            ("send", sent, "sysctl net.core.wmem_max"),
+        )
         if granted < 2 * BUFFER_BYTES
     ]
     run_datagrams = _run_datagrams() if Capability.UDP_SEGMENT in wanted else 1
@@ -94,15 +101,58 @@ def open_udp(
     return UdpSocket(underlay, received, sent, tuple(notes), frozenset(granted), run_datagrams)
 
 
-def path_mtu(peer: IPv4Address) -> int:
+def open_senders(address: Address, count: int, *, interface: str = "") -> tuple[socket.socket, ...]:
+    """Sockets that only send, each from a port of its own out of the kernel's range (net.ipv4.ip_local_port_range),
+    without DF as the kernel's vxlan device does. Raises KernelError; then none stays open."""
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            sender = _bound(address, 0, IP_PMTUDISC_DONT)
+            opened.append(sender)
+            _grow(sender, SO_SNDBUFFORCE, socket.SO_SNDBUF)
+            # nobody reads it: what strangers send there shall hold no memory
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
+    except OSError as error:
+        for sender in opened:
+            sender.close()
+        reason = _reason(error, address, 0, interface, ())
+        raise KernelError(f"cannot bind {count} UDP sockets to {address}: {reason}") from error
+    return tuple(opened)
+
+
+def _bound(address: Address, port: int, discovery: int) -> socket.socket:
+    v4 = address.version == 4
+    family = socket.AF_INET if v4 else socket.AF_INET6
+    underlay = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if v4:
+            underlay.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, discovery)
+            underlay.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+            underlay.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 0)
+        else:
+            underlay.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            underlay.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, discovery)
+            underlay.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+        underlay.bind((str(address), port))
+    except OSError:
+        underlay.close()
+        raise
+    return underlay
+
+
+def path_mtu(peer: Address) -> int:
     """The MTU of the path to a peer as the kernel has learnt it, in bytes with the IP header; 0 where none is known.
 
     Asked of a short-lived connected socket, which sends nothing: an error queue on the data socket would let one
     peer's trouble fail sends to others.
     """
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    v4 = peer.version == 4
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_INET if v4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe,
+    ):
         probe.connect((str(peer), 9))
-        return probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
+        return probe.getsockopt(*((socket.IPPROTO_IP, IP_MTU) if v4 else (socket.IPPROTO_IPV6, IPV6_MTU)))
     return 0
 
 
@@ -133,13 +183,16 @@ def _run_datagrams() -> int:
     return 1
 
 
-def open_icmp() -> socket.socket:
+def open_icmp(version: int = 4) -> socket.socket:
     """A raw socket that sends whole packets, IP header included, by the kernel's routes. Raises KernelError."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
     try:
-        return socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+        return socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
     except PermissionError as error:
         reason = f"{error.strerror}; run as root or with CAP_NET_RAW"
-        raise KernelError(f"cannot open a raw socket for ICMP errors: {reason}") from error
+    except OSError as error:
+        reason = str(error.strerror)
+    raise KernelError(f"cannot open a raw socket for ICMP errors of IPv{version}: {reason}")
 
 
 def _grow(underlay: socket.socket, force: int, polite: int) -> int:
@@ -151,7 +204,11 @@ def _grow(underlay: socket.socket, force: int, polite: int) -> int:
     return underlay.getsockopt(socket.SOL_SOCKET, polite)
 
 
-def _reason(error: OSError, address: IPv4Address, port: int, interface: str, links: Sequence[Link]) -> str:
+def _place(address: Address, port: int) -> str:
+    return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
+
+
+def _reason(error: OSError, address: Address, port: int, interface: str, links: Sequence[Link]) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{address} is not an address of {interface or 'any interface of this node'}"
     if error.errno == errno.EADDRINUSE:
@@ -163,14 +220,16 @@ def _reason(error: OSError, address: IPv4Address, port: int, interface: str, lin
 
 def port_holder(port: int, links: Sequence[Link]) -> str:
     """Who has a UDP port of any address of this node, as far as that can be seen; empty where nobody has."""
-    if not _bound_to(port) and not any(link.udp_port == port and link.up for link in links):
+    if not _bound_to(port, 4) and not any(link.udp_port == port and link.up for link in links):
         return ""
-    addresses = [address for _, address in _bound_to(port)] or [IPv4Address(0)]
-    return _holder(addresses[0], port, links)
+    return _holder(IPv4Address(0), port, links)
 
 
-def _holder(address: IPv4Address, port: int, links: Sequence[Link]) -> str:
-    inodes = {inode for inode, bound in _bound_to(port) if bound in (address, IPv4Address(0))}
+def _holder(address: Address, port: int, links: Sequence[Link]) -> str:
+    everywhere = address.is_unspecified
+    inodes = {
+        inode for inode, bound in _bound_to(port, address.version) if everywhere or bound == address or int(bound) == 0
+    }
     for process in Path("/proc").glob("[0-9]*"):
         # a process may end, or be none of our business, at any point of this
         with contextlib.suppress(OSError):
@@ -181,17 +240,19 @@ def _holder(address: IPv4Address, port: int, links: Sequence[Link]) -> str:
     return "a process that cannot be seen from here, or a device of the kernel (such as vxlan),"
 
 
-def _bound_to(port: int) -> list[tuple[int, IPv4Address]]:
-    """Inode and address of the UDP sockets of this namespace with that local port, IPv6 wildcards included."""
-    found = []
-    for table in ("udp", "udp6"):
+def _bound_to(port: int, version: int) -> list[tuple[int, Address]]:
+    """Inode and address of the UDP sockets of this namespace with that local port. Where IPv4 is asked for, an IPv6
+    socket counts for the IPv4 address in its last word: of ::ffff:1.2.3.4, and of ::, which takes both."""
+    found: list[tuple[int, Address]] = []
+    for table in ("udp", "udp6") if version == 4 else ("udp6",):
         with contextlib.suppress(FileNotFoundError):  # no IPv6 in this kernel
             for line in Path("/proc/thread-self/net", table).read_text().splitlines()[1:]:
                 fields = line.split()
                 host, _, number = fields[1].partition(":")
                 if int(number, 16) == port:
-                    # the last word is the IPv4 address, also in ::ffff:1.2.3.4 and in ::, in host byte order
-                    found.append((int(fields[9]), IPv4Address(socket.htonl(int(host[-8:], 16)))))
+                    # words of 32 bits in host byte order
+                    words = [struct.pack("=I", int(host[i : i + 8], 16)) for i in range(0, len(host), 8)]
+                    found.append((int(fields[9]), ip_address(words[-1] if version == 4 else b"".join(words))))
     return found
 
 

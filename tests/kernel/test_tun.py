@@ -273,11 +273,14 @@ def test_leftovers_are_unheld_tun_devices_of_flannels_name() -> None:
         a_link("flannel2", kind="veth"),
         a_link("flannel3", address="02:00:00:00:00:01"),
         a_link("flannel.4"),
+        a_link("flannel-v6.4"),
+        a_link("flannel.5", kind="vxlan"),
+        a_link("flannel-v7.4"),
         a_link("flannel"),
         a_link("xflannel5"),
         a_link("flannel16"),
     ]
-    assert leftovers(links) == ["flannel0", "flannel16"]
+    assert leftovers(links) == ["flannel0", "flannel.4", "flannel-v6.4", "flannel16"]
 
 
 @pytest.mark.netns
