@@ -97,6 +97,7 @@ class Options:
     tun_uso: bool = _flag(True, "pass UDP superframes through the TUN", group=OWN)
     spin: int = _flag(200, "microseconds for which a pump looks again before it sleeps, 0 to 10000", group=OWN)
     log_format: str = _flag("text", "how log lines look: text (klog's) or json", group=OWN)
+    vxlan_source_ports: int = _flag(8, "UDP ports by which a node's VXLAN flows leave, 1 to 64", group=OWN)
     cleanup: bool = _flag(False, "remove what a former daemon left on this node, then exit", group=OWN)
 
     help: bool = False
@@ -290,6 +291,8 @@ def check(options: Options) -> None:
         raise ConfigError(f"invalid -source-check {word}: use one of {', '.join(SOURCE_CHECKS)}")
     if not 0 <= options.spin <= 10_000:
         raise ConfigError(f"invalid -spin {options.spin}: it is in microseconds, from 0 to 10000")
+    if not 1 <= options.vxlan_source_ports <= 64:
+        raise ConfigError(f"invalid -vxlan-source-ports {options.vxlan_source_ports}: use 1 to 64")
     if options.log_format not in LOG_FORMATS:
         raise ConfigError(f"invalid -log-format {_quoted(options.log_format)}: use text or json")
     if options.iptables_resync < 1:

@@ -15,8 +15,10 @@ from dataplane.lease.store import LeaseStore
 from dataplane.memory import Memory
 from dataplane.netconf import NetworkConfig
 from dataplane.options import Options
+from dataplane.path.capability import Capability
 
 if TYPE_CHECKING:
+    from dataplane.backend.userspace import Tuning
     from dataplane.kernel.netlink import Netlink
 
 
@@ -43,24 +45,43 @@ def make_backend(
     options: Options, network: NetworkConfig, facing: Underlay, netlink: Netlink, memory: Memory
 ) -> Backend:
     """The backend that the net-conf names. Raises ConfigError for one that this version does not carry."""
-    if network.enable_ipv6:
-        raise ConfigError("EnableIPv6 in the net-conf: IPv6 is not built yet; set it to false")
-    if network.network is None:
-        raise ConfigError("none defined stack: the net-conf enables neither IPv4 nor IPv6")
-    if not isinstance(network.backend, netconf.UdpConfig):
-        raise ConfigError(f"Backend.Type {network.backend.type!r} is not built yet; this version carries udp")
-    from dataplane.backend.udp import UdpBackend
+    backend = network.backend
+    networks = [family for family in (network.network, network.ipv6_network) if family is not None]
+    if isinstance(backend, netconf.UdpConfig):
+        from dataplane.backend.udp import UdpBackend
+
+        return UdpBackend(
+            facing,
+            networks,
+            backend.port,
+            netlink,
+            _tuning(options, backend.switched_off),
+            device=memory.device,
+            on_device=memory.keep_device,
+        )
+    if isinstance(backend, netconf.VxlanConfig) and backend.dataplane == "userspace":
+        from dataplane.backend.vxlan import VxlanBackend, VxlanWire
+
+        return VxlanBackend(
+            facing,
+            networks,
+            VxlanWire(backend.vni, backend.port, backend.mtu, options.vxlan_source_ports),
+            netlink,
+            _tuning(options, backend.switched_off),
+            mac=memory.mac,
+            on_mac=memory.keep_mac,
+            on_device=memory.keep_device,
+        )
+    raise ConfigError(f"Backend.Type {backend.type!r} is not built yet; this version carries udp and vxlan")
+
+
+def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
+    from dataplane.backend.userspace import Tuning
     from dataplane.path.capability import EVERYTHING
     from dataplane.path.datapath import SourceCheck
 
-    return UdpBackend(
-        facing,
-        network.network,
-        network.backend.port,
-        netlink,
-        source_check=SourceCheck[options.source_check.upper()],
-        wanted=EVERYTHING - options.switched_off - network.backend.switched_off,
+    return Tuning(
+        SourceCheck[options.source_check.upper()],
+        wanted=EVERYTHING - options.switched_off - switched_off,
         spin=options.spin / 1e6,
-        device=memory.device,
-        on_device=memory.keep_device,
     )

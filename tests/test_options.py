@@ -54,6 +54,7 @@ OWN_FLAGS = {
     "udp-gro": True,
     "tun-tso": True,
     "tun-uso": True,
+    "vxlan-source-ports": 8,
     "spin": 200,
     "log-format": "text",
     "cleanup": False,

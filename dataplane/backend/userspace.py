@@ -1,0 +1,458 @@
+"""Owns a userspace tunnel, which the udp and vxlan backends have in common: one TUN device with its address and routes,
+its sockets, and the path between them.
+
+Free of: what a lease says of its node (`backend.peers`), and what the outer wire looks like (the backend's `Shape`).
+Invariant: a device that a kill has left is taken over, and after `close` nothing stands that `attach` has made; what
+strangers send can make no table here grow without bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
+from typing import TypeVar
+
+from dataplane.backend.base import PeerStatus, Underlay
+from dataplane.backend.peers import Peer, Peers
+from dataplane.errors import KernelError
+from dataplane.kernel import tun, underlay
+from dataplane.kernel.netlink import Netlink, quiet_ipv6, restrain_ipv6
+from dataplane.lease.model import LeaseEvent
+from dataplane.path.capability import Capability
+from dataplane.path.datapath import (
+    Datapath,
+    IcmpSender,
+    Outer,
+    PathEvent,
+    PathEventKind,
+    PathStatistics,
+    RouteCounters,
+    SourceCheck,
+    Vxlan,
+)
+
+log = logging.getLogger(__name__)
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+TX_QUEUE_PACKETS = 1000
+"""Packets that the TUN holds while the pump is busy; with 500, the kernel's default, short bursts are lost."""
+
+PATH_MTU_SECONDS = 600.0
+"""As long as the kernel keeps what it has learnt of a path (net.ipv4.route.mtu_expires)."""
+
+LEAST_MTU = {4: 576, 6: 1280}
+"""By IP version: every path takes that much (RFC 791, RFC 8200); one that claims less is somebody's forgery."""
+
+REPEAT_SECONDS = 60.0
+"""The same complaint about the same address is logged no more often."""
+
+MOST_STRANGERS = 256
+"""Outer sources without a lease, and complaints, that are remembered: forged ones come without end."""
+
+REBUILD_SECONDS = (0.0, 0.2, 1.0, 5.0)
+"""Waits before each try to make the device again; the last one repeats."""
+
+OnPeers = Callable[[Mapping[IPNetwork, Peer | None]], Awaitable[None]]
+"""Who else follows the peers by subnet, such as the routes of DirectRouting; None for one that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What flags and net-conf say. `wanted`: the capabilities to use where the kernel grants them; `spin`: see
+    Datapath."""
+
+    source_check: SourceCheck
+    wanted: frozenset[Capability]
+    spin: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What distinguishes a tunnel. `device`: its name, or a template such as flannel%d; `networks`: what is routed
+    into it, at most one of each IP version; `overhead`: bytes that the outer headers take."""
+
+    device: str
+    networks: tuple[IPNetwork, ...]
+    overhead: int
+    vxlan: Vxlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Open sockets to the other nodes; without `senders` the one that receives sends too."""
+
+    receiver: underlay.UdpSocket
+    port: int
+    senders: tuple[socket.socket, ...] = ()
+
+    @property
+    def outer(self) -> Outer:
+        return Outer(self.receiver.fd, self.port, tuple(sender.fileno() for sender in self.senders))
+
+    def close(self, *, kept: Sockets | None = None) -> None:
+        """Close what `kept` does not share."""
+        if kept is None or kept.receiver is not self.receiver:
+            self.receiver.close()
+        for sender in self.senders:
+            if kept is None or sender not in kept.senders:
+                sender.close()
+
+
+OpenSockets = Callable[[Underlay, "Sockets | None"], Awaitable[Sockets]]
+"""For an underlay, given what is open for the former one, which may be used on."""
+
+
+class Tunnel:
+    """Open the sockets (`prepare`), make the device (`attach`), follow peers and underlay, `close`."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        peers: Sequence[Peers],
+        open_sockets: OpenSockets,
+        netlink: Netlink,
+        tuning: Tuning,
+        *,
+        device: str,
+        on_device: Callable[[str], None],
+        on_peers: OnPeers | None = None,
+    ) -> None:
+        """`device`: what a former daemon of this node left, to be taken over; empty for none. `on_device` is told the
+        name of the device in use, so that it can be kept for the next start, and "" once there is none."""
+        self._shape = shape
+        self._peers = peers
+        self._open_sockets = open_sockets
+        self._netlink = netlink
+        self._tuning = tuning
+        self._device = device
+        self._on_device = on_device
+        self._on_peers = on_peers
+        self._subnets: tuple[IPNetwork, ...] = ()
+        self._mtu = 0
+        self._sockets: Sockets | None = None
+        self._icmp: dict[int, socket.socket] = {}
+        self._tun: tun.Tun | None = None
+        self._path: Datapath | None = None
+        self._lost = frozenset[Capability]()
+        self._refused: dict[IPNetwork, str] = {}
+        self._unknown: dict[IPAddress, int] = {}
+        self._complaints: dict[tuple[PathEventKind, IPAddress, int], float] = {}
+        self._path_mtus: dict[IPAddress, asyncio.TimerHandle] = {}
+        self._rebuild: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+
+    # --- what a backend asks --------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """Empty while there is none."""
+        return self._tun.name if self._tun else ""
+
+    @property
+    def unknown_sources(self) -> Mapping[IPAddress, int]:
+        return self._unknown
+
+    @property
+    def ignored(self) -> dict[IPNetwork, str]:
+        """Subnets that are not reached, with the reason."""
+        return {subnet: why for peers in self._peers for subnet, why in peers.ignored.items()} | self._refused
+
+    def statistics(self) -> PathStatistics | None:
+        return self._path.statistics() if self._path else None
+
+    def state_of(self, capability: Capability) -> str:
+        """`on`, or why not."""
+        if capability not in self._tuning.wanted:
+            return "off: switched off"
+        if capability in self._lost:
+            return "off: the kernel refused it at work"
+        return "on" if capability in self._granted() else "off: the kernel does not have it"
+
+    async def prepare(self, facing: Underlay, mtu: int) -> None:
+        """Open the sockets. `mtu`: the device's to be. Raises KernelError."""
+        self._check_mtu(facing, mtu)
+        self._sockets = await self._open_sockets(facing, None)
+        self._mtu = mtu
+        for note in self._sockets.receiver.notes:
+            log.warning("%s", note)
+        for network in self._shape.networks:
+            self._icmp[network.version] = underlay.open_icmp(network.version)
+
+    async def attach(self, subnets: Iterable[IPNetwork]) -> None:
+        """Make the device for those of our subnets that are of its networks. Raises KernelError, and then leaves
+        nothing."""
+        versions = {network.version for network in self._shape.networks}
+        self._subnets = tuple(subnet for subnet in subnets if subnet.version in versions)
+        try:
+            async with self._turn:
+                await self._open()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def apply(self, events: Sequence[LeaseEvent]) -> None:
+        """Follow the peers: they are reached through the path before anybody else hears of them, and after."""
+        before = self.ignored
+        changes = {subnet: peer for peers in self._peers for subnet, peer in peers.follow(events).items()}
+        for peer in changes.values():
+            if peer is not None:
+                self._set_route(peer)
+        for subnet, why in self.ignored.items():
+            if before.get(subnet) != why:
+                log.warning("Ignoring lease %s: %s", subnet, why)
+        if self._on_peers is not None:
+            await self._on_peers(changes)
+        for subnet, peer in changes.items():
+            if peer is None:
+                self._refused.pop(subnet, None)
+                if self._path is not None:
+                    self._path.remove_route(subnet)
+
+    async def move(self, facing: Underlay, mtu: int) -> None:
+        """Follow the underlay: the device and its address stay, packets wait while the pumps change sockets. Raises
+        KernelError and goes on as before where the new ones cannot be opened."""
+        self._check_mtu(facing, mtu)
+        async with self._turn:
+            former = self._sockets
+            self._sockets = await self._open_sockets(facing, former)
+            self._mtu = mtu
+            for peer in list(self._path_mtus):
+                self._path_mtus.pop(peer).cancel()
+                self._forget(peer)
+            if self._path is not None:
+                await self._path.rewire(self._sockets.outer, mtu)
+                await self._look_at_pods()
+            if former is not None:
+                former.close(kept=self._sockets)
+            if self._tun is not None:
+                await self._netlink.ensure_link_up(self._tun.name, mtu=mtu)
+
+    async def close(self) -> None:
+        """Device, address and routes go. Safe to call at any point of the life."""
+        tasks = [task for task in (self._rebuild, self._looking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._rebuild = self._looking = None
+        async with self._turn:
+            await self._close_device()
+            if self._sockets is not None:
+                self._sockets.close()
+                self._sockets = None
+            for icmp in self._icmp.values():
+                icmp.close()
+            self._icmp.clear()
+
+    # --- device and path ------------------------------------------------------------------------------------------
+
+    def _check_mtu(self, facing: Underlay, mtu: int) -> None:
+        least = max(LEAST_MTU[network.version] if network.version == 6 else 68 for network in self._shape.networks)
+        if mtu < least:
+            overhead = self._shape.overhead
+            raise KernelError(
+                f"the MTU of {facing.name} leaves {mtu} bytes for a packet, and the overlay needs {least}: "
+                f"raise it to {least + overhead} or more"
+            )
+
+    async def _open(self) -> None:
+        """Device, address, routes and pumps, in this order; every step may meet what a killed daemon left."""
+        if not self._subnets or self._sockets is None:
+            raise RuntimeError("prepare and a lease come before the device")
+        await self._remove_leftovers()
+        self._tun = tun.open_tun(self._shape.device, adopt=self._device, wanted=self._tuning.wanted)
+        self._device = self._tun.name
+        self._on_device(self._device)
+        versions = {subnet.version for subnet in self._subnets}
+        (restrain_ipv6 if 6 in versions else quiet_ipv6)(self._device)
+        networks = {network.version: network for network in self._shape.networks}
+        for subnet in self._subnets:
+            address = ip_interface((subnet.network_address, subnet.max_prefixlen))
+            await self._netlink.ensure_address(self._device, address, sole_within=networks[subnet.version])
+        await self._netlink.ensure_link_up(self._device, mtu=self._mtu, txqueuelen=TX_QUEUE_PACKETS)
+        self._tun = dataclasses.replace(self._tun, granted=tun.takes_superframes(self._tun))
+        for subnet in self._subnets:
+            await self._netlink.ensure_route(networks[subnet.version], self._device)
+        self._start_path(self._tun, self._sockets)
+        await self._look_at_pods()
+        carried = " and ".join(str(networks[subnet.version]) for subnet in self._subnets)
+        log.info("Carrying %s through %s, MTU %d, port %d", carried, self._device, self._mtu, self._sockets.port)
+        log.info("Capabilities: %s", ", ".join(f"{c.word} {self.state_of(c)}" for c in Capability))
+
+    async def _look_at_pods(self) -> None:
+        """Kernel VTEPs hand over TCP superframes without a word of how to cut them: so that they fit the bridge of the
+        pods, which has an address of our subnets (as every CNI plugin gives it), and may take less than our device."""
+        if self._shape.vxlan is None or self._path is None:
+            return
+        addresses = await self._netlink.addresses()
+        ours = {a.index for a in addresses if any(a.interface.ip in subnet for subnet in self._subnets)}
+        links = await self._netlink.links()
+        mtus = [link.mtu for link in links if link.index in ours and link.name != self._device]
+        self._path.set_segment_mtu(min([mtu for mtu in mtus if mtu >= LEAST_MTU[4]] + [self._mtu]))
+
+    async def _look_again(self) -> None:
+        try:
+            await self._look_at_pods()
+        except KernelError as error:
+            log.warning("Cannot see the MTU of the pods: %s", error)
+
+    def _start_path(self, device: tun.Tun, sockets: Sockets) -> None:
+        self._path = Datapath(
+            device.fd,
+            sockets.outer,
+            [IcmpSender(self._icmp[s.version].fileno(), s.network_address) for s in self._subnets],
+            mtu=self._mtu,
+            source_check=self._tuning.source_check,
+            vxlan=self._shape.vxlan,
+            capabilities=self._granted() - self._lost,
+            run_datagrams=sockets.receiver.run_datagrams,
+            spin=self._tuning.spin,
+            on_event=self._on_event,
+        )
+        for peers in self._peers:
+            for peer in peers.obeyed.values():
+                self._set_route(peer)
+        self._path.start()
+
+    def _set_route(self, peer: Peer) -> None:
+        self._refused.pop(peer.subnet, None)
+        if self._path is None:
+            return
+        try:
+            self._path.set_route(peer.subnet, peer.address, peer.mac)
+        except KernelError as error:
+            self._path.remove_route(peer.subnet)
+            self._refused[peer.subnet] = str(error)
+
+    def _granted(self) -> frozenset[Capability]:
+        granted = self._tun.granted if self._tun else frozenset()
+        return granted | (self._sockets.receiver.granted if self._sockets else frozenset())
+
+    async def _remove_leftovers(self) -> None:
+        """A device of a killed daemon whose state is lost would keep the network's route for itself."""
+        links = await self._netlink.links()
+        ours = {
+            address.index
+            for address in await self._netlink.addresses()
+            if any(address.interface.ip in network for network in self._shape.networks)
+        }
+        kept = {self._device, self._shape.device}
+        for name in sorted({link.name for link in links if link.index in ours} & set(tun.leftovers(links)) - kept):
+            log.warning("Removing device %s: a killed daemon left it, and it holds an address of our network", name)
+            await self._netlink.remove_link(name)
+
+    async def _close_device(self) -> None:
+        for timer in self._path_mtus.values():
+            timer.cancel()
+        self._path_mtus.clear()
+        if self._path is not None:
+            await self._path.stop()
+            self._path = None
+        if self._tun is not None:
+            tun.release(self._tun)
+            self._tun = None
+            self._on_device("")
+
+    async def _rebuild_device(self) -> None:
+        """Somebody deleted the device under us: make it again, with its address and routes."""
+        log.error("Device %s is gone; making it again", self._device)
+        async with self._turn:
+            await self._close_device()
+        for attempt in itertools.count():
+            await asyncio.sleep(REBUILD_SECONDS[min(attempt, len(REBUILD_SECONDS) - 1)])
+            async with self._turn:
+                try:
+                    await self._open()
+                except KernelError as error:
+                    log.error("Cannot make device %s again: %s", self._device, error)  # the text says it all
+                    await self._close_device()
+                else:
+                    return
+
+    # --- what the path reports ------------------------------------------------------------------------------------
+
+    def _on_event(self, event: PathEvent) -> None:
+        if event.kind is PathEventKind.DEVICE_GONE:
+            if self._rebuild is None or self._rebuild.done():
+                self._rebuild = asyncio.create_task(self._rebuild_device())
+        elif event.kind is PathEventKind.UNKNOWN_SOURCE:
+            _remember(self._unknown, event.address, event.value)
+            self._complain(
+                event,
+                "Dropping datagrams from %s: no lease names it. If it is a node, its -public-ip differs from the "
+                "address it sends from (see --source-check)",
+                event.address,
+            )
+        elif event.kind is PathEventKind.CAPABILITY_LOST:
+            self._lost |= {Capability(event.value)}
+            log.warning("The kernel refused %s at work: going on without it", Capability(event.value).word)
+        elif event.kind is PathEventKind.SUPERFRAME:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look_again())
+        elif event.kind is PathEventKind.TOO_LONG:
+            self._learn_path_mtu(event.address)
+        else:
+            self._complain(event, "Cannot send to peer %s: %s", event.address, os.strerror(event.value))
+
+    def _learn_path_mtu(self, peer: IPAddress) -> None:
+        """Ask the kernel what it has learnt, and forget it when the kernel does."""
+        whole = underlay.path_mtu(peer)
+        mtu = whole - self._shape.overhead
+        if self._path is None or whole < LEAST_MTU[peer.version] or mtu >= self._mtu or peer in self._path_mtus:
+            return
+        log.warning("The path to %s takes inner packets of %d bytes, not %d", peer, mtu, self._mtu)
+        self._path.set_path_mtu(peer, mtu)
+        loop = asyncio.get_running_loop()
+        self._path_mtus[peer] = loop.call_later(PATH_MTU_SECONDS, self._forget_path_mtu, peer)
+
+    def _forget_path_mtu(self, peer: IPAddress) -> None:
+        del self._path_mtus[peer]
+        self._forget(peer)
+
+    def _forget(self, peer: IPAddress) -> None:
+        if self._path is not None:
+            self._path.set_path_mtu(peer, 0)
+
+    def _complain(self, event: PathEvent, text: str, *arguments: object) -> None:
+        about = (event.kind, event.address, event.value if event.kind is PathEventKind.SEND_FAILED else 0)
+        now = time.monotonic()
+        if now - self._complaints.get(about, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            _remember(self._complaints, about, now)
+            log.warning(text, *arguments)
+
+
+def _remember(table: dict[_K, _V], key: _K, value: _V) -> None:
+    """As the newest entry; the oldest goes where there are too many."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > MOST_STRANGERS:
+        del table[next(iter(table))]
+
+
+def peers_status(routes: Iterable[RouteCounters]) -> tuple[PeerStatus, ...]:
+    """What the path has counted, as a backend tells it."""
+    now = time.monotonic() * 1000
+    return tuple(
+        PeerStatus(
+            subnet=route.subnet,
+            public_ip=route.address,
+            tx_packets=route.tx_packets,
+            tx_bytes=route.tx_bytes,
+            rx_packets=route.rx_packets,
+            rx_bytes=route.rx_bytes,
+            idle=max(0.0, now - route.rx_last) / 1000 if route.rx_last else None,
+        )
+        for route in routes
+    )

@@ -1,0 +1,212 @@
+"""Owns VXLAN in userspace: the wire of the kernel's device, so that nobody can tell the two apart.
+
+As flannel has it, one tunnel for each IP version, inner IPv4 over outer IPv4 and inner IPv6 over outer IPv6: devices
+`flannel.<VNI>` and `flannel-v6.<VNI>`. Free of: where leases come from, and of the tunnels themselves
+(`backend.userspace`). Invariant: the VtepMAC that our lease names is the one that we answer to, also after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+from dataplane.backend.base import BackendStatus, Underlay
+from dataplane.backend.peers import IPNetwork, Peers, check_type, decode_vtep, encode_vtep
+from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, peers_status
+from dataplane.errors import DropReason, KernelError
+from dataplane.kernel import underlay
+from dataplane.kernel.netlink import Netlink
+from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
+from dataplane.path.capability import Capability
+from dataplane.path.datapath import Vxlan
+from dataplane.path.wire import VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
+
+log = logging.getLogger(__name__)
+
+_OVERHEAD = {4: VXLAN_OVERHEAD, 6: VXLAN_OVERHEAD_V6}
+_EVERYWHERE: dict[int, IPv4Address | IPv6Address] = {4: IPv4Address(0), 6: IPv6Address(0)}
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanWire:
+    """`underlay_mtu`: the one to reckon with instead of the interface's, 0 for that; `source_ports`: by how many ports
+    the flows leave, for ECMP and RSS on the way."""
+
+    vni: int
+    port: int
+    underlay_mtu: int = 0
+    source_ports: int = 8
+
+
+class VxlanBackend:
+    """See dataplane.backend.base.Backend for the life of a backend."""
+
+    def __init__(
+        self,
+        facing: Underlay,
+        networks: Sequence[IPNetwork],
+        wire: VxlanWire,
+        netlink: Netlink,
+        tuning: Tuning,
+        *,
+        mac: bytes,
+        on_mac: Callable[[bytes], None],
+        on_device: Callable[[str], None],
+        on_peers: OnPeers | None = None,
+    ) -> None:
+        """`networks`: of IPv4, IPv6 or both. `mac`: what a former daemon of this node was known by, empty for none;
+        `on_mac` is told what to keep for the next start. `on_device`: is told the devices in use, parted by blanks.
+        `on_peers`: see Tunnel."""
+        self._facing = facing
+        self._wire = wire
+        self._netlink = netlink
+        self._tuning = tuning
+        self._mac = mac
+        self._on_mac = on_mac
+        self._on_device = on_device
+        self._on_peers = on_peers
+        self._networks = {network.version: network for network in networks}
+        self._devices: dict[int, str] = {}
+        self._tunnels: dict[int, Tunnel] = {}
+
+    @property
+    def mtu(self) -> int:
+        """What pods may send, whichever IP version they speak."""
+        return min(self._mtu_of(version, self._facing) for version in self._networks)
+
+    async def prepare(self) -> LeaseAttrs:
+        """Takes the port, and the place of a kernel device that this node had for the same network."""
+        for version in self._networks:
+            await self._replace_kernel_device(version)
+        if not self._mac:
+            self._mac = _random_mac()
+        self._on_mac(self._mac)
+        for version, network in self._networks.items():
+            tunnel = self._tunnels[version] = self._make_tunnel(version, network)
+            await tunnel.prepare(self._facing, self._mtu_of(version, self._facing))
+        return self._attrs()
+
+    async def attach(self, lease: Lease) -> None:
+        try:
+            for tunnel in self._tunnels.values():
+                await tunnel.attach(lease.key.subnets)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def apply(self, events: Sequence[LeaseEvent]) -> None:
+        for tunnel in self._tunnels.values():
+            await tunnel.apply(events)
+
+    async def move(self, facing: Underlay) -> LeaseAttrs:
+        for version, tunnel in self._tunnels.items():
+            await tunnel.move(facing, self._mtu_of(version, facing))
+        self._facing = facing
+        return self._attrs()
+
+    def status(self) -> BackendStatus:
+        tunnels = self._tunnels.values()
+        found = [statistics for tunnel in tunnels if (statistics := tunnel.statistics()) is not None]
+        return BackendStatus(
+            type="vxlan",
+            device=" ".join(tunnel.device for tunnel in tunnels if tunnel.device),
+            mtu=self.mtu,
+            peers=tuple(peer for statistics in found for peer in peers_status(statistics.routes)),
+            drops={reason: sum(statistics.drops[reason] for statistics in found) for reason in DropReason},
+            unknown_sources={address: n for tunnel in tunnels for address, n in tunnel.unknown_sources.items()},
+            ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
+            capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
+        )
+
+    async def close(self) -> None:
+        for tunnel in self._tunnels.values():
+            await tunnel.close()
+
+    def _attrs(self) -> LeaseAttrs:
+        vtep = encode_vtep(self._wire.vni, self._mac)
+        return LeaseAttrs(
+            public_ip=self._facing.public_ip,
+            public_ipv6=self._facing.public_ipv6,
+            backend_type="vxlan",
+            backend_data=vtep if 4 in self._networks else b"",
+            backend_v6_data=vtep if 6 in self._networks else b"",
+        )
+
+    def _mtu_of(self, version: int, facing: Underlay) -> int:
+        return (self._wire.underlay_mtu or facing.mtu) - _OVERHEAD[version]
+
+    def _name_of(self, version: int) -> str:
+        return f"flannel.{self._wire.vni}" if version == 4 else f"flannel-v6.{self._wire.vni}"
+
+    def _make_tunnel(self, version: int, network: IPNetwork) -> Tunnel:
+        name = self._name_of(version)
+
+        def mac_of(lease: Lease) -> bytes:
+            check_type(lease, "vxlan")
+            data = lease.attrs.backend_data if version == 4 else lease.attrs.backend_v6_data
+            return decode_vtep(data, self._wire.vni, self._mac)
+
+        def on_device(device: str) -> None:
+            self._devices[version] = device
+            self._on_device(" ".join(filter(None, self._devices.values())))
+
+        async def open_sockets(facing: Underlay, former: Sockets | None) -> Sockets:
+            return await self._open_sockets(version, facing, former)
+
+        return Tunnel(
+            Shape(name, (network,), _OVERHEAD[version], Vxlan(self._wire.vni, self._mac, version)),
+            [Peers(version, mac_of)],
+            open_sockets,
+            self._netlink,
+            self._tuning,
+            device=name,  # there is one that can be ours, so it needs no remembering
+            on_device=on_device,
+            on_peers=self._on_peers,
+        )
+
+    async def _open_sockets(self, version: int, facing: Underlay, former: Sockets | None) -> Sockets:
+        """Like the kernel's device: it listens on every address, and sends from the one that peers know."""
+        address = facing.address if version == 4 else facing.address_v6
+        if address is None or address.is_unspecified:
+            raise KernelError(f"{facing.name} has no IPv{version} address, over which VXLAN carries IPv{version}")
+        receiver = former.receiver if former else None
+        if receiver is None:
+            receiver = underlay.open_udp(
+                _EVERYWHERE[version],
+                self._wire.port,
+                links=await self._netlink.links(),
+                wanted=self._tuning.wanted,
+            )
+        try:
+            senders = underlay.open_senders(address, self._wire.source_ports, interface=facing.name)
+        except KernelError:
+            if former is None:
+                receiver.close()
+            raise
+        return Sockets(receiver, self._wire.port, senders)
+
+    async def _replace_kernel_device(self, version: int) -> None:
+        """Where this node's dataplane was the kernel's until now, its device is in the way; its MAC is what peers
+        know."""
+        name = self._name_of(version)
+        link = await self._netlink.link(name)
+        if link is None or link.kind == "tun":
+            return
+        ours = self._facing.public_ip if version == 4 else self._facing.public_ipv6
+        if link.vxlan is None or link.vxlan.vni != self._wire.vni or link.vxlan.local != ours:
+            raise KernelError(
+                f"cannot make device {name}: a {link.kind or 'hardware'} device has that name, and it is not one that "
+                "a daemon of this node made; remove or rename it"
+            )
+        log.info("Removing the kernel's device %s: this node carries VXLAN in userspace now", name)
+        self._mac = self._mac or bytes.fromhex(link.address.replace(":", ""))
+        await self._netlink.remove_link(name)
+
+
+def _random_mac() -> bytes:
+    """Locally administered and unicast, as flannel's (pkg/mac/mac.go)."""
+    first, *others = secrets.token_bytes(6)
+    return bytes((first & 0xFC | 0x02, *others))
