@@ -30,6 +30,7 @@ IP_PMTUDISC_WANT = 1
 IP_MTU = 14
 IPV6_MTU_DISCOVER = 23
 IPV6_MTU = 24
+IPV6_AUTOFLOWLABEL = 70
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_SNDBUFFORCE = 32
@@ -133,6 +134,8 @@ def _bound(address: Address, port: int, discovery: int) -> socket.socket:
             underlay.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             underlay.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, discovery)
             underlay.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+            # the kernel's tunnels send a flow label of 0; the port tells flows apart
+            underlay.setsockopt(socket.IPPROTO_IPV6, IPV6_AUTOFLOWLABEL, 0)
         underlay.bind((str(address), port))
     except OSError:
         underlay.close()
