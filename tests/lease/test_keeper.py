@@ -1,20 +1,19 @@
-"""dataplane/lease/{keeper,ownership,retry}.py over a simulated store (fake_store.py): each behaviour, and a machine
-that lets several keepers live through faults in any order."""
+"""dataplane/lease/{keeper,ownership,loss,retry}.py over a simulated store (fake_store.py), behaviour by behaviour.
+
+Faults in any order: test_ownership_model.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from random import Random
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dataplane import netconf
 from dataplane.errors import KernelError, LeaseError, StoreUnavailable
@@ -1057,137 +1056,3 @@ async def test_cancelling_leaves_no_task_and_no_lock(store: SimulatedStore) -> N
         assert task.cancelled()
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert store.subscriptions == 0
-
-
-# ---- any order of faults
-
-
-class Keepers(RuleBasedStateMachine):
-    """Several daemons, one store. Whatever happens, no keeper writes over an entry that was not its own; and once
-    everything is reachable, all agree with the store."""
-
-    @initialize(count=st.integers(2, 4))
-    def begin(self, count: int) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.store = SimulatedStore(ManualClock())
-        self.nodes = [Node(self.store, 1 + number, grace=60.0) for number in range(count)]
-        self.checked = 0
-        for node in self.nodes:
-            self.loop.run_until_complete(node.start())
-
-    def teardown(self) -> None:
-        if hasattr(self, "loop"):
-            for node in self.nodes:
-                self.loop.run_until_complete(node.stop())
-            self.loop.close()
-
-    def pick(self, number: int) -> Node:
-        return self.nodes[number % len(self.nodes)]
-
-    def pass_time(self, seconds: float) -> None:
-        self.loop.run_until_complete(self.store.clock.advance(seconds, self.store))
-
-    numbers = st.integers(0, 3)
-
-    @rule(seconds=st.sampled_from([0.0, 0.3, 2.0, 70.0, DAY - MARGIN, DAY + 1]))
-    def wait(self, seconds: float) -> None:
-        self.pass_time(seconds)
-
-    @rule(number=numbers)
-    def part(self, number: int) -> None:
-        self.pick(number).client.offline = True
-        self.pick(number).client.cut()
-
-    @rule(number=numbers)
-    def heal(self, number: int) -> None:
-        self.pick(number).client.offline = False
-
-    @rule(number=numbers)
-    def cut(self, number: int) -> None:
-        self.pick(number).client.cut()
-
-    @rule(number=numbers)
-    def pause(self, number: int) -> None:
-        self.pick(number).client.pause()
-
-    @rule(number=numbers)
-    def resume(self, number: int) -> None:
-        self.pick(number).client.resume()
-
-    @rule(number=numbers)
-    def lose_an_answer(self, number: int) -> None:
-        self.pick(number).client.lose_answers = 1
-
-    @rule(number=numbers)
-    def restart(self, number: int) -> None:
-        index = number % len(self.nodes)
-        self.loop.run_until_complete(self.nodes[index].stop())
-        self.nodes[index] = Node(self.store, 1 + index, grace=60.0)
-        self.loop.run_until_complete(self.nodes[index].start())
-
-    @rule()
-    def compact(self) -> None:
-        self.store.compact()
-
-    @rule(restart=st.booleans())
-    def wipe(self, restart: bool) -> None:
-        self.store.wipe(restart=restart)
-
-    def change(self, number: int, change: Callable[[str], object]) -> None:
-        own = self.pick(number).keeper.own
-        if own is not None:
-            change(str(own.key))
-
-    @rule(number=numbers)
-    def delete(self, number: int) -> None:
-        self.change(number, self.store.remove)
-
-    @rule(number=numbers, content=st.sampled_from([b"junk", value("192.0.2.99")]), ttl=st.sampled_from([50.0, DAY]))
-    def steal(self, number: int, content: bytes, ttl: float) -> None:
-        self.change(number, lambda key: self.store.put(key, content, ttl))
-
-    @rule(number=numbers)
-    def reserve(self, number: int) -> None:
-        self.change(number, lambda key: self.store.put(key, value(self.pick(number).ip)))
-
-    @invariant()
-    def nobody_writes_over_what_is_not_its_own(self) -> None:
-        if not hasattr(self, "store"):
-            return
-        for write in self.store.writes[self.checked :]:
-            if write.client not in ("hand", "expiry") and write.before is not None:
-                assert str(LeaseAttrs.decode(write.before.value).public_ip) == write.client
-        self.checked = len(self.store.writes)
-        for node in self.nodes:
-            assert node.task is not None
-            assert not node.task.done(), node.task.exception()
-
-    @rule()
-    def converge(self) -> None:
-        """Everything reachable, and more time than any back-off, grace or TTL of a foreign entry takes."""
-        for node in self.nodes:
-            node.client.offline = False
-            node.client.lose_answers = 0
-            node.client.resume()
-            node.client.cut()
-        self.pass_time(200.0)
-        ours = {str(node.ip): node.key for node in self.nodes}
-        for node in self.nodes:
-            holder = self.store.entries.get(node.key)
-            assert holder is not None, "a free key is put back"
-            named = holder.value == value(node.ip)
-            assert node.keeper.fenced == (not named)
-            assert node.keeper.healthy == named
-            assert node.keeper.store_error == ""
-            assert node.peers == {key: lease.attrs for key, lease in node.keeper.peers.items()}
-            for other in self.nodes:
-                entry = self.store.entries[ours[str(other.ip)]]
-                if other.key != node.key and entry.value == value(other.ip):
-                    assert node.peers[other.key].public_ip == other.ip
-            assert node.peers.keys() <= self.store.entries.keys()
-        owners = [node.key for node in self.nodes if node.keeper.healthy]
-        assert len(owners) == len(set(owners))
-
-
-Keepers.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
-TestKeepers = Keepers.TestCase
