@@ -75,15 +75,15 @@ class EtcdStore:
         return await self._pages()
 
     async def create(self, key: str, value: bytes, ttl: int | None) -> Entry | None:
-        return await self._put_if(wire.CompareTarget.VERSION, 0, key, value, ttl)
+        absent = wire.compare(wire.CompareTarget.VERSION, self._full(key), 0)
+        return await self._put_if([absent], key, value, ttl)
 
-    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: int) -> Entry | None:
-        return await self._put_if(wire.CompareTarget.MOD, expected, key, value, ttl)
+    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: Entry) -> Entry | None:
+        return await self._put_if(self._as_it_was(key, expected), key, value, ttl)
 
-    async def delete(self, key: str, *, expected: int) -> bool:
-        full = self._full(key)
-        steps = [wire.delete_op(wire.delete_request(full))]
-        return (await self._txn(wire.txn_request(wire.CompareTarget.MOD, full, expected, success=steps))).succeeded
+    async def delete(self, key: str, *, expected: Entry) -> bool:
+        steps = [wire.delete_op(wire.delete_request(self._full(key)))]
+        return (await self._txn(wire.txn_request(self._as_it_was(key, expected), success=steps))).succeeded
 
     async def compact(self, revision: int) -> None:
         """Forget the history before `revision`: that of the whole etcd, not of this prefix only."""
@@ -139,16 +139,21 @@ class EtcdStore:
     async def _txn(self, request: bytes) -> wire.TxnResponse:
         return wire.decode_txn_response(await self._cluster.call("KV/Txn", request, repeatable=False))
 
-    async def _put_if(
-        self, target: wire.CompareTarget, equals: int, key: str, value: bytes, ttl: int | None
-    ) -> Entry | None:
+    def _as_it_was(self, key: str, entry: Entry) -> list[bytes]:
+        full = self._full(key)
+        return [
+            wire.compare(wire.CompareTarget.MOD, full, entry.mod_revision),
+            wire.compare(wire.CompareTarget.VALUE, full, entry.value),
+        ]
+
+    async def _put_if(self, conditions: Sequence[bytes], key: str, value: bytes, ttl: int | None) -> Entry | None:
         full, lease = self._full(key), 0
         if ttl is not None:
             granted = await self._cluster.call("Lease/LeaseGrant", wire.lease_grant_request(ttl))
             lease = wire.decode_lease_grant_response(granted)
         # read back in the same transaction: the answer to a put has no create_revision
         steps = [wire.put_op(wire.put_request(full, value, lease=lease)), wire.range_op(wire.range_request(full))]
-        answer = await self._txn(wire.txn_request(target, full, equals, success=steps))
+        answer = await self._txn(wire.txn_request(conditions, success=steps))
         if answer.succeeded:
             if not answer.ranges or not answer.ranges[0].kvs:
                 raise StoreError(f"{self.name}: the answer to a transaction lacks the key {key!r} that it put")

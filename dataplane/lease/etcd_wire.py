@@ -23,11 +23,12 @@ Field = tuple[int, int | bytes]
 
 
 class CompareTarget(IntEnum):
-    """What a transaction's comparison looks at; a key that is absent has 0 in each."""
+    """What a transaction's comparison looks at; a key that is absent has 0 in each, and never equals a value."""
 
     VERSION = 0
     CREATE = 1
     MOD = 2
+    VALUE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,20 @@ def delete_op(request: bytes) -> bytes:
     return _submessage(3, request)
 
 
-def txn_request(target: CompareTarget, key: bytes, equals: int, *, success: Sequence[bytes]) -> bytes:
-    """Run the steps `success`, in order and as one revision, if `target` of `key` is `equals`; else nothing."""
-    # The oneof of the compared value has the numbers 4 to 6 in the order of the targets. It is written even for 0:
+def compare(target: CompareTarget, key: bytes, equals: int | bytes) -> bytes:
+    """The condition that `target` of `key` is `equals`: bytes for VALUE, else a number."""
+    # The oneof of the compared value has the numbers 4 to 7 in the order of the targets. It is written even for 0:
     # an unset oneof happens to read as 0 in today's servers only.
-    wanted = _tag(4 + target, _VARINT) + _varint(equals)
-    compare = _message((2, target), (3, key)) + wanted
-    return _submessage(1, compare) + b"".join(_submessage(2, op) for op in success)
+    number = 4 + target
+    wanted = _submessage(number, equals) if isinstance(equals, bytes) else _tag(number, _VARINT) + _varint(equals)
+    return _message((2, target), (3, key)) + wanted
+
+
+def txn_request(conditions: Sequence[bytes], *, success: Sequence[bytes]) -> bytes:
+    """Run the steps `success`, in order and as one revision, if every one of the `conditions` holds; else nothing."""
+    return b"".join(_submessage(1, condition) for condition in conditions) + b"".join(
+        _submessage(2, op) for op in success
+    )
 
 
 def compact_request(revision: int) -> bytes:

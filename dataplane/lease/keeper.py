@@ -49,6 +49,7 @@ class KeeperCounters:
     changes: int = 0
     put_backs: int = 0
     lost_races: int = 0
+    rejections: int = 0
 
 
 class LeaseKeeper:
@@ -132,8 +133,8 @@ class LeaseKeeper:
 
     @property
     def rejected(self) -> dict[str, str]:
-        """Why keys in the store are not obeyed, by key text."""
-        return self._table.rejected
+        """Why keys in the store are not obeyed, by key text, of which no more is shown than a line holds."""
+        return {text[:100]: reason for text, reason in self._table.rejected.items()}
 
     @property
     def revision(self) -> int:
@@ -178,13 +179,13 @@ class LeaseKeeper:
         match step:
             case Discard(entry):
                 log.warning("Found lease %s of this node that does not fit the network config, deleting it", entry.key)
-                await self._store.delete(entry.key, expected=entry.mod_revision)
+                await self._store.delete(entry.key, expected=entry)
                 return None
             case Reuse(entry, key, proof):
                 words = "current IP" if proof is Proof.PUBLIC_IP else "this node under its former IP, now"
                 log.info("Found lease (%s) for %s (%s), reusing", texts.families(key), words, self._attrs.node)
                 ttl = None if entry.reserved else LEASE_TTL
-                written = await self._store.replace(entry.key, self._attrs.encode(), ttl, expected=entry.mod_revision)
+                written = await self._store.replace(entry.key, self._attrs.encode(), ttl, expected=entry)
             case Take(key, previous):
                 if previous:
                     log.info("Found previously leased subnet (%s), reusing", texts.subnets(key))
@@ -300,6 +301,7 @@ class LeaseKeeper:
             if not self._losses.lingering:
                 self._wake.set()
             self._losses.lost(update.lost, self._clock())
+        self.counters.rejections += len(update.rejections)
         for rejection in update.rejections:
             if not rejection.again and self._rejection_lines.passes(self._clock()):
                 log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)

@@ -89,9 +89,9 @@ class Ownership:
         return Lease(self.key, self._said, entry.create_revision, entry.mod_revision, entry.reserved)
 
     @property
-    def expected(self) -> int | None:
-        """What the next write replaces: the mod_revision of our entry, or None for an absent key."""
-        return self.entry.mod_revision if self.standing is Standing.HELD else None
+    def expected(self) -> Entry | None:
+        """What the next write replaces: our entry, or None for an absent key."""
+        return self.entry if self.standing is Standing.HELD else None
 
     @property
     def ttl(self) -> int | None:

@@ -75,10 +75,10 @@ class SqliteStore:
     async def create(self, key: str, value: bytes, ttl: int | None) -> Entry | None:
         return await self._call(self._database.create, key, value, ttl)
 
-    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: int) -> Entry | None:
+    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: Entry) -> Entry | None:
         return await self._call(self._database.replace, key, value, ttl, expected)
 
-    async def delete(self, key: str, *, expected: int) -> bool:
+    async def delete(self, key: str, *, expected: Entry) -> bool:
         return await self._call(self._database.delete, key, expected)
 
     async def compact(self, revision: int) -> None:

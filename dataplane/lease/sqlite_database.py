@@ -103,17 +103,17 @@ class Database:
                 return None
             return _put(db, key, value, ttl, create_revision=None)
 
-    def replace(self, key: str, value: bytes, ttl: int | None, expected: int) -> Entry | None:
+    def replace(self, key: str, value: bytes, ttl: int | None, expected: Entry) -> Entry | None:
         with self._writing() as db:
             found = _find(db, key)
-            if found is None or found.mod_revision != expected:
+            if found is None or not _same_write(found, expected):
                 return None
             return _put(db, key, value, ttl, create_revision=found.create_revision)
 
-    def delete(self, key: str, expected: int) -> bool:
+    def delete(self, key: str, expected: Entry) -> bool:
         with self._writing() as db:
             found = _find(db, key)
-            if found is None or found.mod_revision != expected:
+            if found is None or not _same_write(found, expected):
                 return False
             _remove(db, key)
             return True
@@ -281,6 +281,10 @@ def _find(db: sqlite3.Connection, key: str) -> Entry | None:
     for value, made, changed, free in db.execute(query, (key,)):
         return Entry(key, value, made, changed, bool(free))
     return None
+
+
+def _same_write(found: Entry, expected: Entry) -> bool:
+    return (found.mod_revision, found.value) == (expected.mod_revision, expected.value)
 
 
 def _put(db: sqlite3.Connection, key: str, value: bytes, ttl: int | None, *, create_revision: int | None) -> Entry:

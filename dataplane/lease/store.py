@@ -5,7 +5,8 @@ Free of: IO. The conformance contract, which tests/lease/test_store_conformance.
 * One revision counter for the store; each successful write raises it, and a key's `mod_revision` is the
   revision of its last write, `create_revision` of the write that made it.
 * `create` succeeds only where the key is absent; of any number of concurrent callers exactly one wins.
-* `replace` and `delete` succeed only where the key's `mod_revision` is the expected one.
+* `replace` and `delete` succeed only where the key's `mod_revision` and value are the expected ones: a store that was
+  wiped counts its revisions anew, so that the number alone could mean another's write.
 * A key written with a TTL is gone, and its deletion is seen by every watch, at most two seconds after the TTL has
   passed without another write; a key written without one (`ttl=None`) stays, and its entries say `reserved`.
 * `snapshot` returns every entry as of one revision, however many there are, and never an older state than was true
@@ -85,11 +86,11 @@ class LeaseStore(Protocol):
     async def create(self, key: str, value: bytes, ttl: int | None) -> Entry | None:
         """Put a lease for `ttl` seconds if the key is absent; None if it is there already."""
 
-    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: int) -> Entry | None:
-        """Put a lease for a new `ttl` if its mod_revision is `expected`; None if it is not."""
+    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: Entry) -> Entry | None:
+        """Put a lease for a new `ttl` if it stands as `expected`; None if it does not."""
 
-    async def delete(self, key: str, *, expected: int) -> bool:
-        """Remove a lease if its mod_revision is `expected`."""
+    async def delete(self, key: str, *, expected: Entry) -> bool:
+        """Remove a lease if it stands as `expected`."""
 
     async def close(self) -> None:
         """Release connections; the store is not used afterwards. Never raises."""

@@ -203,13 +203,13 @@ class SimulatedClient:
         await self._answer(written=entry is not None)
         return entry
 
-    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: int) -> Entry | None:
+    async def replace(self, key: str, value: bytes, ttl: int | None, *, expected: Entry) -> Entry | None:
         await self._reach()
         entry = self.store.put(key, value, ttl, by=self.label) if self._stands(key, expected) else None
         await self._answer(written=entry is not None)
         return entry
 
-    async def delete(self, key: str, *, expected: int) -> bool:
+    async def delete(self, key: str, *, expected: Entry) -> bool:
         await self._reach()
         stands = self._stands(key, expected)
         if stands:
@@ -242,9 +242,9 @@ class SimulatedClient:
     async def close(self) -> None:
         self.offline = True
 
-    def _stands(self, key: str, expected: int) -> bool:
+    def _stands(self, key: str, expected: Entry) -> bool:
         entry = self.store.entries.get(key)
-        return entry is not None and entry.mod_revision == expected
+        return entry is not None and (entry.mod_revision, entry.value) == (expected.mod_revision, expected.value)
 
     async def _reach(self) -> None:
         self.calls += 1

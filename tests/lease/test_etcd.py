@@ -220,7 +220,7 @@ async def test_a_server_that_hangs_is_given_up(
             with pytest.raises(StoreUnavailable, match=server.url):
                 await store.snapshot()
             with pytest.raises(StoreUnavailable, match="unknown whether the write happened"):
-                await store.delete(KEY, expected=1)
+                await store.delete(KEY, expected=Entry(KEY, b"", 1, 1))
             with pytest.raises(StoreUnavailable, match="no etcd answers"):
                 await fresh.snapshot()
     finally:
@@ -430,7 +430,7 @@ async def test_a_user_with_a_role_on_the_prefix(guarded: EtcdServer, opened: Ope
     assert await store.create(KEY, b"", 600) is None
     assert (await store.snapshot()).entries == (made,)
     assert await changes_until(store, made.mod_revision - 1, 1) == [made]
-    assert await store.delete(KEY, expected=made.mod_revision)
+    assert await store.delete(KEY, expected=made)
 
 
 async def test_another_prefix_is_denied(guarded: EtcdServer, opened: Opener) -> None:
@@ -459,11 +459,11 @@ async def test_a_token_that_is_refused_is_renewed(guarded: EtcdServer, opened: O
     store._cluster._token = "garbage.1"
     assert await changes_until(store, made.mod_revision - 1, 1) == [made]
     as_root(guarded, "role", "add", "another")  # the token is of an older revision of the users now
-    renewed = await store.replace(made.key, b"", 600, expected=made.mod_revision)
+    renewed = await store.replace(made.key, b"", 600, expected=made)
     assert renewed is not None
     await asyncio.to_thread(guarded.restart)  # forgets its simple tokens
     assert (await store.snapshot()).entries == (renewed,)
-    assert await store.delete(made.key, expected=renewed.mod_revision)
+    assert await store.delete(made.key, expected=renewed)
 
 
 async def test_a_token_of_a_later_raft_index_hangs_only_once(

@@ -47,13 +47,14 @@ def test_requests_have_the_bytes_of_rpc_proto() -> None:
     ],
 )
 def test_a_comparison_with_zero_is_written_out(target: wire.CompareTarget, compare: str) -> None:
-    assert wire.txn_request(target, b"a", 0, success=[]) == bytes.fromhex(compare)
+    assert wire.txn_request([wire.compare(target, b"a", 0)], success=[]) == bytes.fromhex(compare)
 
 
 def test_the_steps_of_a_transaction_keep_their_order() -> None:
     steps = [wire.put_op(b"P"), wire.range_op(b"R"), wire.delete_op(b"D")]
-    text = wire.txn_request(wire.CompareTarget.MOD, b"a", 8, success=steps)
-    assert text == bytes.fromhex("0a07 1002 1a0161 3008 1203 120150 1203 0a0152 1203 1a0144")
+    conditions = [wire.compare(wire.CompareTarget.MOD, b"a", 8), wire.compare(wire.CompareTarget.VALUE, b"a", b"v")]
+    text = wire.txn_request(conditions, success=steps)
+    assert text == bytes.fromhex("0a07 1002 1a0161 3008 0a08 1003 1a0161 3a0176 1203 120150 1203 0a0152 1203 1a0144")
 
 
 def test_prefix_end_covers_the_prefix_only() -> None:

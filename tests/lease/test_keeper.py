@@ -337,7 +337,11 @@ async def test_a_storm_of_events_or_of_junk_is_a_few_lines(
             store.put("10.5.2.0-24", b"junk", DAY)
         await settle()
         assert len(node.peers) == 200
-        assert len(node.keeper.rejected) == 201
+        store.put("j" * 1_000_000, b"", DAY)
+        await settle()
+        assert len(node.keeper.rejected) == 202
+        assert max(map(len, node.keeper.rejected)) == 100
+        assert node.keeper.counters.rejections == 401
     assert len(caplog.records) < 40
 
 

@@ -48,10 +48,10 @@ async def main():
     entry = (await store.snapshot()).entries[0]
     print("ready", flush=True)
     while True:
-        entry = await store.replace(entry.key, entry.value + b".", 600, expected=entry.mod_revision)
+        entry = await store.replace(entry.key, entry.value + b".", 600, expected=entry)
         await store.create("10.9.0.0-24", b"", 600)
         other = [e for e in (await store.snapshot()).entries if e.key == "10.9.0.0-24"]
-        await store.delete("10.9.0.0-24", expected=other[0].mod_revision)
+        await store.delete("10.9.0.0-24", expected=other[0])
 asyncio.run(main())
 """
 
@@ -230,7 +230,7 @@ async def test_history_is_bounded(opened: Opener, path: Path) -> None:
     store = await opened(history=10)
     entry = await make(store)
     for _ in range(30):
-        changed = await store.replace(KEY, b"", 600, expected=entry.mod_revision)
+        changed = await store.replace(KEY, b"", 600, expected=entry)
         assert changed is not None
         entry = changed
     assert sql(path, "SELECT count(*) FROM history")[0][0] <= 11
@@ -293,7 +293,7 @@ async def test_a_killed_writer_leaves_a_whole_database(opened: Opener, path: Pat
             assert replayed.get(KEY, entry) == entry
         for other in snapshot.entries:
             if other.key != KEY:
-                await store.delete(other.key, expected=other.mod_revision)
+                await store.delete(other.key, expected=other)
         after = (await store.snapshot()).revision
     assert len(entry.value) > 0
 

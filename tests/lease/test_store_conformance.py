@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -99,7 +100,7 @@ async def test_config_is_absent_then_written_then_replaced(opener: Opener) -> No
 async def test_each_write_raises_the_revision(store: Compactable) -> None:
     before = (await store.snapshot()).revision
     made = await make(store)
-    changed = await store.replace(KEY, b"2", 600, expected=made.mod_revision)
+    changed = await store.replace(KEY, b"2", 600, expected=made)
     assert changed is not None
     other = await make(store, "10.5.53.0-24")
     assert before < made.mod_revision < changed.mod_revision < other.mod_revision
@@ -112,7 +113,7 @@ async def test_each_write_raises_the_revision(store: Compactable) -> None:
 
 async def test_a_key_made_anew_has_a_new_create_revision(store: Compactable) -> None:
     first = await make(store)
-    assert await store.delete(KEY, expected=first.mod_revision)
+    assert await store.delete(KEY, expected=first)
     again = await make(store)
     assert again.create_revision == again.mod_revision > first.mod_revision
 
@@ -137,21 +138,22 @@ async def test_of_64_creators_exactly_one_wins(opener: Opener) -> None:
 async def test_of_16_replacers_exactly_one_wins(opener: Opener) -> None:
     stores = [await opener() for _ in range(4)]
     made = await make(stores[0])
-    calls = (stores[n % 4].replace(KEY, b"%d" % n, 600, expected=made.mod_revision) for n in range(16))
+    calls = (stores[n % 4].replace(KEY, b"%d" % n, 600, expected=made) for n in range(16))
     winners = [entry for entry in await asyncio.gather(*calls) if entry is not None]
     assert len(winners) == 1
     assert (await stores[0].snapshot()).entries == tuple(winners)
 
 
-async def test_replace_and_delete_want_the_expected_revision(store: Compactable) -> None:
+async def test_replace_and_delete_want_the_expected_entry(store: Compactable) -> None:
     made = await make(store)
-    for wrong in (made.mod_revision - 1, made.mod_revision + 1):
+    before, after = (replace(made, mod_revision=made.mod_revision + step) for step in (-1, 1))
+    for wrong in (before, after, replace(made, value=b"another's")):
         assert await store.replace(KEY, b"2", 600, expected=wrong) is None
         assert await store.delete(KEY, expected=wrong) is False
     assert (await store.snapshot()).entries == (made,)
-    assert await store.delete(KEY, expected=made.mod_revision) is True
-    assert await store.delete(KEY, expected=made.mod_revision) is False
-    assert await store.replace(KEY, b"2", 600, expected=made.mod_revision) is None
+    assert await store.delete(KEY, expected=made) is True
+    assert await store.delete(KEY, expected=made) is False
+    assert await store.replace(KEY, b"2", 600, expected=made) is None
     assert (await store.snapshot()).entries == ()
 
 
@@ -183,7 +185,7 @@ async def test_an_expired_key_can_be_created_again_without_any_watch(store: Comp
 
 async def test_replace_starts_the_ttl_anew(store: Compactable) -> None:
     made = await make(store, ttl=2)
-    renewed = await store.replace(KEY, VALUE, 600, expected=made.mod_revision)
+    renewed = await store.replace(KEY, VALUE, 600, expected=made)
     assert renewed is not None
     await asyncio.sleep(4.5)
     assert (await store.snapshot()).entries == (renewed,)
@@ -196,10 +198,10 @@ async def test_a_reservation_stays_and_says_so(store: Compactable) -> None:
     (expired,) = await changes_until(store, reserved.mod_revision, 1)
     assert isinstance(expired, Deleted)
     assert (await store.snapshot()).entries == (reserved,)
-    leased = await store.replace(KEY, VALUE, 600, expected=reserved.mod_revision)
+    leased = await store.replace(KEY, VALUE, 600, expected=reserved)
     assert leased is not None
     assert not leased.reserved
-    back = await store.replace(KEY, VALUE, None, expected=leased.mod_revision)
+    back = await store.replace(KEY, VALUE, None, expected=leased)
     assert back is not None
     assert back.reserved
     assert await changes_until(store, expired.revision, 2) == [leased, back]
@@ -209,9 +211,9 @@ async def test_a_reservation_stays_and_says_so(store: Compactable) -> None:
 async def test_any_key_comes_back_as_it_is(store: Compactable, key: str) -> None:
     made = await make(store, key)
     assert (await store.snapshot()).entries == (made,)
-    renewed = await store.replace(key, b"2", 600, expected=made.mod_revision)
+    renewed = await store.replace(key, b"2", 600, expected=made)
     assert renewed is not None
-    assert await store.delete(key, expected=renewed.mod_revision)
+    assert await store.delete(key, expected=renewed)
     gone = Deleted(key, renewed.mod_revision + 1)
     assert await changes_until(store, made.mod_revision - 1, 3) == [made, renewed, gone]
 
@@ -239,7 +241,7 @@ async def test_a_snapshot_of_more_than_a_page_is_one_revision(opener: Opener) ->
         while True:
             there = last if here == first else first
             moved = await make(writer, there)  # for one revision there are two, never none
-            assert await writer.delete(here, expected=entry.mod_revision)
+            assert await writer.delete(here, expected=entry)
             here, entry = there, moved
 
     async with asyncio.timeout(60):
@@ -265,9 +267,9 @@ async def test_a_snapshot_of_more_than_a_page_is_one_revision(opener: Opener) ->
 async def test_a_watch_from_a_revision_catches_up_after_a_gap(store: Compactable) -> None:
     base = await store.snapshot()
     one = await make(store)
-    two = await store.replace(KEY, b"2", 600, expected=one.mod_revision)
+    two = await store.replace(KEY, b"2", 600, expected=one)
     assert two is not None
-    assert await store.delete(KEY, expected=two.mod_revision)
+    assert await store.delete(KEY, expected=two)
     three = await make(store, "10.5.53.0-24")
     gone = Deleted(KEY, two.mod_revision + 1)
     assert await changes_until(store, base.revision, 4) == [one, two, gone, three]
@@ -301,8 +303,9 @@ async def test_more_than_a_thousand_changes_come_in_order(store: Compactable) ->
     entry = await make(store)
     expected: list[Entry | Deleted] = [entry]
     for n in range(1500):
-        changed = await store.replace(KEY, b"%d" % n, None, expected=expected[-1].mod_revision)  # type: ignore[union-attr]  # entries only
+        changed = await store.replace(KEY, b"%d" % n, None, expected=entry)
         assert changed is not None
+        entry = changed
         expected.append(changed)
     assert await changes_until(store, base, len(expected)) == expected
 
@@ -326,9 +329,9 @@ async def test_two_watches_see_the_same(opener: Opener) -> None:
 async def test_compacted_history_is_gone(store: Compactable) -> None:
     base = (await store.snapshot()).revision
     one = await make(store)
-    two = await store.replace(KEY, b"2", 600, expected=one.mod_revision)
+    two = await store.replace(KEY, b"2", 600, expected=one)
     assert two is not None
-    three = await store.replace(KEY, b"3", 600, expected=two.mod_revision)
+    three = await store.replace(KEY, b"3", 600, expected=two)
     assert three is not None
     await store.compact(three.mod_revision)
     for after in (base, one.mod_revision):
