@@ -164,7 +164,7 @@ class Daemon:
             stack.push_async_callback(netlink.close)
             surveyor = Surveyor(self._options, network, netlink)
             facing = await surveyor.first()
-            backend = self._backend = parts.make_backend(self._options, network, facing, netlink, self._memory)
+            backend = self._backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
             keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
             if past is None:

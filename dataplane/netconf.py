@@ -125,6 +125,11 @@ class NetworkConfig:
     backend: BackendConfig
     warnings: tuple[str, ...] = ()
 
+    @property
+    def networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Of the families that are on."""
+        return tuple(family for family in (self.network, self.ipv6_network) if family is not None)
+
     def is_subnet(self, subnet: IPv4Network | IPv6Network) -> bool:
         """Whether it is what some node of this network could lease, by its place and length."""
         if isinstance(subnet, IPv4Network):

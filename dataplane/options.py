@@ -23,6 +23,7 @@ OWN = "Loden's own"
 DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 SOURCE_CHECKS = ("strict", "node", "off")
 LOG_FORMATS = ("text", "json")
+VXLAN_DATAPLANES = ("", "kernel", "userspace", "auto")
 
 # strconv.ParseInt with base 0: a leading 0 means octal, and "_" stands only between digits or behind a base prefix
 _GO_INT = re.compile(
@@ -96,6 +97,12 @@ class Options:
     tun_tso: bool = _flag(True, "pass TCP superframes through the TUN", group=OWN)
     tun_uso: bool = _flag(True, "pass UDP superframes through the TUN", group=OWN)
     spin: int = _flag(200, "microseconds for which a pump looks again before it sleeps, 0 to 10000", group=OWN)
+    vxlan_dataplane: str = _flag(
+        "",
+        "who carries vxlan: kernel, userspace (this daemon), auto (userspace where the kernel has no vxlan); default:"
+        " what Backend.Dataplane of the net-conf says, else kernel",
+        group=OWN,
+    )
     log_format: str = _flag("text", "how log lines look: text (klog's) or json", group=OWN)
     vxlan_source_ports: int = _flag(8, "UDP ports by which a node's VXLAN flows leave, 1 to 64", group=OWN)
     cleanup: bool = _flag(False, "remove what a former daemon left on this node, then exit", group=OWN)
@@ -289,6 +296,9 @@ def check(options: Options) -> None:
     if options.source_check not in SOURCE_CHECKS:
         word = _quoted(options.source_check)
         raise ConfigError(f"invalid -source-check {word}: use one of {', '.join(SOURCE_CHECKS)}")
+    if options.vxlan_dataplane not in VXLAN_DATAPLANES:
+        word = _quoted(options.vxlan_dataplane)
+        raise ConfigError(f"invalid -vxlan-dataplane {word}: use one of {', '.join(VXLAN_DATAPLANES[1:])}")
     if not 0 <= options.spin <= 10_000:
         raise ConfigError(f"invalid -spin {options.spin}: it is in microseconds, from 0 to 10000")
     if not 1 <= options.vxlan_source_ports <= 64:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from dataplane.backend.userspace import Tuning
     from dataplane.kernel.netlink import Netlink
 
+INSTEAD = {
+    "extension": "it runs commands from the net-conf and other nodes' leases; use vxlan, or udp where VXLAN is blocked",
+    "ipip": "use vxlan with DirectRouting, or host-gw where all nodes share a wire",
+    "ipsec": "for an encrypted network keep flannel's own flanneld on every node; else use vxlan",
+    "tencent-vpc": "use vxlan, or host-gw where the VPC lets nodes route for each other",
+    "wireguard": "for an encrypted network keep flannel's own flanneld on every node; else use vxlan or udp",
+}
+"""What to use in place of flannel's other backends."""
+
 
 async def open_store(options: Options) -> LeaseStore:
     """The lease store that the flags name."""
@@ -41,38 +50,82 @@ async def open_store(options: Options) -> LeaseStore:
     )
 
 
-def make_backend(
+async def make_backend(
     options: Options, network: NetworkConfig, facing: Underlay, netlink: Netlink, memory: Memory
 ) -> Backend:
-    """The backend that the net-conf names. Raises ConfigError for one that this version does not carry."""
-    backend = network.backend
-    networks = [family for family in (network.network, network.ipv6_network) if family is not None]
-    if isinstance(backend, netconf.UdpConfig):
-        from dataplane.backend.udp import UdpBackend
+    """The backend that the net-conf names. Raises ConfigError for one that this node or this version cannot carry."""
+    match network.backend:
+        case netconf.UdpConfig() as config:
+            return _udp(options, network, config, facing, netlink, memory)
+        case netconf.VxlanConfig() as config:
+            if await _dataplane(options, config, netlink) == "userspace":
+                return _vxlan(options, network, config, facing, netlink, memory)
+            from dataplane.backend.kernel_vxlan import KernelVxlanBackend
 
-        return UdpBackend(
-            facing,
-            networks,
-            backend.port,
-            netlink,
-            _tuning(options, backend.switched_off),
-            device=memory.device,
-            on_device=memory.keep_device,
-        )
-    if isinstance(backend, netconf.VxlanConfig) and backend.dataplane == "userspace":
-        from dataplane.backend.vxlan import VxlanBackend, VxlanWire
+            return KernelVxlanBackend(facing, network, config, netlink)
+        case netconf.HostGwConfig():
+            from dataplane.backend.host_gw import HostGwBackend
 
-        return VxlanBackend(
-            facing,
-            networks,
-            VxlanWire(backend.vni, backend.port, backend.mtu, options.vxlan_source_ports),
-            netlink,
-            _tuning(options, backend.switched_off),
-            mac=memory.mac,
-            on_mac=memory.keep_mac,
-            on_device=memory.keep_device,
-        )
-    raise ConfigError(f"Backend.Type {backend.type!r} is not built yet; this version carries udp and vxlan")
+            return HostGwBackend(facing, network)
+        case netconf.AllocConfig():
+            from dataplane.backend.alloc import AllocBackend
+
+            return AllocBackend(facing, network)
+        case netconf.ForeignConfig(type=kind):
+            raise ConfigError(f"Backend.Type {kind!r} is not carried by Loden: {INSTEAD[kind]}")
+
+
+async def _dataplane(options: Options, config: netconf.VxlanConfig, netlink: Netlink) -> str:
+    """Who carries vxlan: what the flag says, else the net-conf, else the kernel, as with flannel."""
+    asked = options.vxlan_dataplane or config.dataplane or "kernel"
+    if asked == "userspace" or await netlink.has_vxlan():
+        return "userspace" if asked == "userspace" else "kernel"
+    if asked == "auto":
+        return "userspace"
+    raise ConfigError("this kernel has no vxlan devices (no module `vxlan`): use -vxlan-dataplane=userspace, or auto")
+
+
+def _udp(
+    options: Options,
+    network: NetworkConfig,
+    config: netconf.UdpConfig,
+    facing: Underlay,
+    netlink: Netlink,
+    memory: Memory,
+) -> Backend:
+    from dataplane.backend.udp import UdpBackend
+
+    return UdpBackend(
+        facing,
+        network.networks,
+        config.port,
+        netlink,
+        _tuning(options, config.switched_off),
+        device=memory.device,
+        on_device=memory.keep_device,
+    )
+
+
+def _vxlan(
+    options: Options,
+    network: NetworkConfig,
+    config: netconf.VxlanConfig,
+    facing: Underlay,
+    netlink: Netlink,
+    memory: Memory,
+) -> Backend:
+    from dataplane.backend.vxlan import VxlanBackend, VxlanWire
+
+    return VxlanBackend(
+        facing,
+        network.networks,
+        VxlanWire(config.vni, config.port, config.mtu, options.vxlan_source_ports),
+        netlink,
+        _tuning(options, config.switched_off),
+        mac=memory.mac,
+        on_mac=memory.keep_mac,
+        on_device=memory.keep_device,
+    )
 
 
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:

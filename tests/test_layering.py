@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dataplane"
 FLOORS = {
     0: [
         "errors",
+        "json_text",
         "patterns",
         "kernel.facts",
         "lease.model",
@@ -40,8 +41,12 @@ FLOORS = {
         "kernel.rtnetlink",
         "kernel.rules",
     ],
-    2: ["lease.sqlite_database", "lease.etcd_endpoint", "lease.config", "kernel.*", "path.datapath"],
-    3: ["backend.userspace", "lease.sqlite", "lease.etcd", "lease.keeper"],
+    2: [
+        "backend.attention",
+        *("lease.sqlite_database", "lease.etcd_endpoint", "lease.config"),
+        *("kernel.*", "path.datapath"),
+    ],
+    3: ["backend.userspace", "backend.entries", "lease.sqlite", "lease.etcd", "lease.keeper"],
     4: ["backend.*", "debug.status"],
     5: ["debug.control"],
     6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "klog", "health", "systemd"],

@@ -50,6 +50,7 @@ OWN_FLAGS = {
     "lease-store": "",
     "control-socket": "",
     "source-check": "node",
+    "vxlan-dataplane": "",
     "udp-segment": True,
     "udp-gro": True,
     "tun-tso": True,

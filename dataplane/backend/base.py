@@ -43,6 +43,10 @@ class PeerStatus:
     rx_packets: int
     rx_bytes: int
     idle: float | None
+    counted: bool = True
+    """False where the kernel carries the packets, which counts them for the whole device only: all counters are 0."""
+    direct: bool = False
+    """Packets leave without encapsulation, by the underlay's own routes (DirectRouting)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,11 @@ class BackendStatus:
     ignored: dict[IPv4Network | IPv6Network, str]
     """Leases of other nodes that this backend cannot carry, with the reason."""
     capabilities: dict[Capability, str]
-    """`on`, or why not."""
+    """`on`, or why not; empty where the kernel carries the packets."""
+    dataplane: str = "userspace"
+    """Who carries the packets: `userspace` (this daemon), `kernel`, or `none`."""
+    repairs: int = 0
+    """How often something that others had taken away from the kernel, or changed there, was put right."""
 
 
 class Backend(Protocol):
@@ -78,7 +86,8 @@ class Backend(Protocol):
         and then leaves nothing behind."""
 
     async def apply(self, events: Sequence[LeaseEvent]) -> None:
-        """Follow the peers' leases. Applying the same events twice changes nothing."""
+        """Follow the peers' leases. The first call brings all that there are, perhaps none: what stands in the kernel
+        for others is left over. Applying the same events twice changes nothing."""
 
     async def move(self, facing: Underlay) -> LeaseAttrs:
         """The underlay's interface, address, public IP or MTU has changed: follow it, without losing inner connections,
@@ -88,4 +97,5 @@ class Backend(Protocol):
         """As of now; before attach everything is 0 and empty."""
 
     async def close(self) -> None:
-        """Ordered stop: what attach made is gone afterwards. Safe to call at any point of the life."""
+        """Ordered stop: what attach made is gone afterwards, unless the kernel carries on by itself as it does for
+        flannel. Safe to call at any point of the life."""

@@ -49,7 +49,11 @@ def _verb(verbs: Verbs, name: str, run: object, text: str) -> argparse.ArgumentP
 def _add_up(verbs: Verbs) -> None:
     parser = _verb(verbs, "up", _up, "build a lab and wait until all nodes know each other")
     parser.add_argument("nodes", nargs="?", type=int, default=3, metavar="N", help="number of nodes (3)")
-    parser.add_argument("--backend", default="udp", help="udp, the only one so far")
+    parser.add_argument("--backend", default="udp", help="udp (default), vxlan, host-gw or alloc")
+    parser.add_argument(
+        "--dataplane", default="", metavar="D[,D...]", help="vxlan: kernel, userspace or auto; for all or for each node"
+    )
+    parser.add_argument("--direct-routing", action="store_true", help="no encapsulation where a route does it")
     parser.add_argument("--store", default="sqlite", help="where leases live: sqlite (default) or etcd")
     parser.add_argument("--underlay-mtu", type=int, default=1500, metavar="M", help="MTU of the wire (1500)")
     parser.add_argument("--network", default="10.244.0.0/16", metavar="CIDR", help="of all pods (10.244.0.0/16)")
@@ -75,6 +79,8 @@ def _up(arguments: argparse.Namespace) -> int:
         network=arguments.network,
         underlay_mtu=arguments.underlay_mtu,
         pods=arguments.pods,
+        dataplane=arguments.dataplane,
+        direct_routing=arguments.direct_routing,
     )
     lab = Lab.create(arguments.name, arguments.nodes, settings, Progress())
     print(status_table(lab))
@@ -125,10 +131,15 @@ def _status_row(node: Node) -> tuple[object, ...]:
         lease.get("public_ip", node.address.ip),
         "ready" if status["ready"] else "not ready",
         len(peers),
-        sum(peer["tx_packets"] for peer in peers),
-        sum(peer["rx_packets"] for peer in peers),
+        _total(peers, "tx_packets"),
+        _total(peers, "rx_packets"),
         drops_text(status.get("drops", {})),
     )
+
+
+def _total(peers: list[dict[str, Any]], counter: str) -> object:
+    """Of all peers; the kernel does not count by peer."""
+    return sum(peer[counter] for peer in peers) if all(peer["counted"] for peer in peers) else "-"
 
 
 def _exec(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ def backend_document(status: BackendStatus) -> dict[str, Any]:
     """What a backend tells of itself, in JSON's types."""
     return {
         "backend": status.type,
+        "dataplane": status.dataplane,
         "device": status.device,
         "mtu": status.mtu,
         "peers": [_peer_document(peer) for peer in status.peers],
@@ -39,6 +40,7 @@ def backend_document(status: BackendStatus) -> dict[str, Any]:
         "unknown_sources": {str(address): count for address, count in status.unknown_sources.items()},
         "capabilities": {capability.word: state for capability, state in status.capabilities.items()},
         "ignored": {str(subnet): reason for subnet, reason in status.ignored.items()},
+        "repairs": status.repairs,
     }
 
 
@@ -51,4 +53,6 @@ def _peer_document(peer: PeerStatus) -> dict[str, Any]:
         "rx_packets": peer.rx_packets,
         "rx_bytes": peer.rx_bytes,
         "idle": peer.idle,
+        "counted": peer.counted,
+        "direct": peer.direct,
     }

@@ -59,7 +59,9 @@ class Node:
 
     def daemon_argv(self, *flags: str) -> list[str]:
         """The command line of this node's daemon, with further flags."""
-        return [*DAEMON, "-iface=eth0", f"-subnet-file={self.subnet_file}", *self.lab.store_flags, *flags]
+        dataplane = self.lab.settings.dataplane_of(self.number)
+        chosen = [f"-vxlan-dataplane={dataplane}"] if dataplane else []
+        return [*DAEMON, "-iface=eth0", f"-subnet-file={self.subnet_file}", *self.lab.store_flags, *chosen, *flags]
 
     def start_daemon(self, *flags: str) -> None:
         """Start flanneld on this node; returns at once, see `wait_ready`."""

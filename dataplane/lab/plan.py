@@ -23,7 +23,8 @@ MAX_NODES = 250
 MAX_PODS = 50
 
 STORES = ("sqlite", "etcd")
-BACKENDS = ("udp",)
+BACKENDS = ("udp", "vxlan", "host-gw", "alloc")
+DATAPLANES = ("", "kernel", "userspace", "auto")
 
 _LAB_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,18}[a-z0-9])?")
 
@@ -108,6 +109,9 @@ class Settings:
     network: str = "10.244.0.0/16"
     underlay_mtu: int = 1500
     pods: int = 1
+    dataplane: str = ""
+    """Of vxlan, one for all nodes or one for each, with commas between; empty: what the daemon does by itself."""
+    direct_routing: bool = False
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
@@ -122,11 +126,26 @@ class Settings:
             raise ConfigError(f"--network={network}: take a /22 or larger that does not overlap {UNDERLAY}")
         if not 576 <= self.underlay_mtu <= 65_535:
             raise ConfigError(f"--underlay-mtu={self.underlay_mtu}: an Ethernet device takes 576 to 65535")
+        for word in self.dataplane.split(","):
+            if word not in DATAPLANES:
+                raise ConfigError(f"--dataplane={self.dataplane}: {word!r} is none of {', '.join(DATAPLANES[1:])}")
+        if self.dataplane and self.backend != "vxlan":
+            raise ConfigError(f"--dataplane={self.dataplane}: only --backend=vxlan has a choice")
+        if self.direct_routing and self.backend not in ("udp", "vxlan"):
+            raise ConfigError(f"--direct-routing: {self.backend} knows no encapsulation that it could leave out")
         if not 0 <= self.pods <= MAX_PODS:
             raise ConfigError(f"--pods={self.pods}: a node has 0 to {MAX_PODS} pods here")
 
     def net_conf(self) -> str:
-        return json.dumps({"Network": self.network, "SubnetLen": 24, "Backend": {"Type": self.backend}})
+        backend: dict[str, object] = {"Type": self.backend}
+        if self.direct_routing:
+            backend["DirectRouting"] = True
+        return json.dumps({"Network": self.network, "SubnetLen": 24, "Backend": backend})
+
+    def dataplane_of(self, number: int) -> str:
+        """What node `number`, counted from 1, is told; the last of a list stands for all further nodes."""
+        words = self.dataplane.split(",")
+        return words[min(number, len(words)) - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,9 @@ class KeeperCounters:
 class LeaseKeeper:
     """One node's lease and its view of the others. `acquire` once, then `run` once, until it is cancelled.
 
-    `on_events` is awaited with peer events in order; whatever it raises ends `run`. `on_own` is called with each new
-    state of our own entry, and the seconds that its TTL still runs (None: reserved). A stop revokes nothing (facts
-    1.5). `grace`: see WIPED_STORE_GRACE.
+    `on_events` is awaited with peer events in order, at first with all there are, perhaps none; whatever it raises ends
+    `run`. `on_own` is called with each new state of our own entry, and the seconds that its TTL still runs (None:
+    reserved). A stop revokes nothing (facts 1.5). `grace`: see WIPED_STORE_GRACE.
     """
 
     def __init__(
@@ -305,10 +305,11 @@ class LeaseKeeper:
         for rejection in update.rejections:
             if not rejection.again and self._rejection_lines.passes(self._clock()):
                 log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
-        if update.events:
-            self.counters.events += len(update.events)
-            for line in texts.event_lines(update.events):
-                log.info("%s", line)
+        self.counters.events += len(update.events)
+        for line in texts.event_lines(update.events):
+            log.info("%s", line)
+        # the first snapshot is told also where it has no peers: what the kernel holds for some is left over
+        if update.events or not self.synced:
             await self._on_events(update.events)
 
     async def _upkeep(self, own: Ownership) -> None:

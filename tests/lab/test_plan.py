@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Interface, IPv4Network
 
 import pytest
@@ -72,7 +73,10 @@ def test_a_broken_subnet_env_is_named(text: str) -> None:
     ("changes", "said"),
     [
         ({"store": "kube"}, "--store=kube"),
-        ({"backend": "vxlan"}, "not built yet"),
+        ({"backend": "ipip"}, "not built yet"),
+        ({"backend": "vxlan", "dataplane": "kernel,users"}, "'users' is none of kernel, userspace, auto"),
+        ({"dataplane": "kernel"}, "only --backend=vxlan has a choice"),
+        ({"backend": "host-gw", "direct_routing": True}, "no encapsulation that it could leave out"),
         ({"network": "10.244.0.0/24"}, "/22 or larger"),
         ({"network": "198.18.0.0/16"}, "overlap"),
         ({"network": "ten"}, "--network=ten"),
@@ -83,3 +87,11 @@ def test_a_broken_subnet_env_is_named(text: str) -> None:
 def test_settings_that_cannot_be_are_refused(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Settings(**changes)  # type: ignore[arg-type]  # any of the fields
+
+
+def test_each_node_is_told_its_dataplane() -> None:
+    settings = Settings(backend="vxlan", dataplane="kernel,userspace", direct_routing=True)
+    assert [settings.dataplane_of(number) for number in (1, 2, 3)] == ["kernel", "userspace", "userspace"]
+    assert json.loads(settings.net_conf())["Backend"] == {"Type": "vxlan", "DirectRouting": True}
+    assert Settings().dataplane_of(3) == ""
+    assert json.loads(Settings().net_conf())["Backend"] == {"Type": "udp"}
