@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from dataplane.lease.model import Lease, LeaseAttrs
 from dataplane.lease.store import Entry, Snapshot
 
 log = logging.getLogger(__name__)
+
+_UNICAST_MAC = re.compile("(?!0{12})[0-9a-f][02468ace][0-9a-f]{10}")
 
 PEERS_INTERVAL = 5.0
 """Seconds between two writes of the peers, which may be megabytes; a change after a quiet time is written at once."""
@@ -58,13 +61,10 @@ class Memory:
         return self._state.device
 
     @property
-    def mac(self) -> bytes:
-        """What our VTEP was known by, empty for nothing."""
-        try:
-            mac = bytes.fromhex(self._state.mac)
-        except ValueError:
-            return b""
-        return mac if len(mac) == 6 and not mac[0] & 1 and any(mac) else b""
+    def macs(self) -> dict[int, bytes]:
+        """What our VTEPs were known by, by IP version."""
+        kept = {4: self._state.mac, 6: self._state.mac_v6}
+        return {version: bytes.fromhex(mac) for version, mac in kept.items() if _UNICAST_MAC.fullmatch(mac)}
 
     def claim(self) -> Claim | None:
         """The lease that is provably ours, whatever this node's address is now."""
@@ -93,8 +93,8 @@ class Memory:
     def keep_device(self, name: str) -> None:
         self._keep(device=name)
 
-    def keep_mac(self, mac: bytes) -> None:
-        self._keep(mac=mac.hex())
+    def keep_macs(self, macs: Mapping[int, bytes]) -> None:
+        self._keep(mac=macs.get(4, b"").hex(), mac_v6=macs.get(6, b"").hex())
 
     def keep_network(self, store: str, config: bytes) -> None:
         """The network that the daemon is about to join; leases of another one are forgotten."""

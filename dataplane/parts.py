@@ -122,8 +122,8 @@ def _vxlan(
         VxlanWire(config.vni, config.port, config.mtu, options.vxlan_source_ports),
         netlink,
         _tuning(options, config.switched_off),
-        mac=memory.mac,
-        on_mac=memory.keep_mac,
+        macs=memory.macs,
+        on_macs=memory.keep_macs,
         on_device=memory.keep_device,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -52,23 +52,23 @@ class VxlanBackend:
         netlink: Netlink,
         tuning: Tuning,
         *,
-        mac: bytes,
-        on_mac: Callable[[bytes], None],
+        macs: Mapping[int, bytes],
+        on_macs: Callable[[Mapping[int, bytes]], None],
         on_device: Callable[[str], None],
         on_peers: OnPeers | None = None,
     ) -> None:
-        """`networks`: of IPv4, IPv6 or both. `mac`: what a former daemon of this node was known by, empty for none;
-        `on_mac` is told what to keep for the next start. `on_device`: is told the devices in use, parted by blanks.
+        """`networks`: of IPv4, IPv6 or both. `macs`: what a former daemon of this node was known by, by IP version;
+        `on_macs` is told what to keep for the next start. `on_device` is told the devices in use, parted by blanks.
         `on_peers`: see Tunnel."""
         self._facing = facing
         self._wire = wire
         self._netlink = netlink
         self._tuning = tuning
-        self._mac = mac
-        self._on_mac = on_mac
+        self._on_macs = on_macs
         self._on_device = on_device
         self._on_peers = on_peers
-        self._networks = {network.version: network for network in networks}
+        self._networks: dict[int, IPNetwork] = {network.version: network for network in networks}
+        self._macs = {version: mac for version, mac in macs.items() if version in self._networks}
         self._devices: dict[int, str] = {}
         self._tunnels: dict[int, Tunnel] = {}
 
@@ -80,10 +80,9 @@ class VxlanBackend:
     async def prepare(self) -> LeaseAttrs:
         """Takes the port, and the place of a kernel device that this node had for the same network."""
         for version in self._networks:
-            await self._replace_kernel_device(version)
-        if not self._mac:
-            self._mac = _random_mac()
-        self._on_mac(self._mac)
+            known_as = await self._replace_kernel_device(version)
+            self._macs.setdefault(version, known_as or _random_mac())
+        self._on_macs(self._macs)
         for version, network in self._networks.items():
             tunnel = self._tunnels[version] = self._make_tunnel(version, network)
             await tunnel.prepare(self._facing, self._mtu_of(version, self._facing))
@@ -126,13 +125,13 @@ class VxlanBackend:
             await tunnel.close()
 
     def _attrs(self) -> LeaseAttrs:
-        vtep = encode_vtep(self._wire.vni, self._mac)
+        vteps = {version: encode_vtep(self._wire.vni, mac) for version, mac in self._macs.items()}
         return LeaseAttrs(
             public_ip=self._facing.public_ip,
             public_ipv6=self._facing.public_ipv6,
             backend_type="vxlan",
-            backend_data=vtep if 4 in self._networks else b"",
-            backend_v6_data=vtep if 6 in self._networks else b"",
+            backend_data=vteps.get(4, b""),
+            backend_v6_data=vteps.get(6, b""),
         )
 
     def _mtu_of(self, version: int, facing: Underlay) -> int:
@@ -142,12 +141,12 @@ class VxlanBackend:
         return f"flannel.{self._wire.vni}" if version == 4 else f"flannel-v6.{self._wire.vni}"
 
     def _make_tunnel(self, version: int, network: IPNetwork) -> Tunnel:
-        name = self._name_of(version)
+        name, mac = self._name_of(version), self._macs[version]
 
         def mac_of(lease: Lease) -> bytes:
             check_type(lease, "vxlan")
             data = lease.attrs.backend_data if version == 4 else lease.attrs.backend_v6_data
-            return decode_vtep(data, self._wire.vni, self._mac)
+            return decode_vtep(data, self._wire.vni, mac)
 
         def on_device(device: str) -> None:
             self._devices[version] = device
@@ -157,7 +156,7 @@ class VxlanBackend:
             return await self._open_sockets(version, facing, former)
 
         return Tunnel(
-            Shape(name, (network,), _OVERHEAD[version], Vxlan(self._wire.vni, self._mac, version)),
+            Shape(name, (network,), _OVERHEAD[version], Vxlan(self._wire.vni, mac, version)),
             [Peers(version, mac_of)],
             open_sockets,
             self._netlink,
@@ -188,13 +187,13 @@ class VxlanBackend:
             raise
         return Sockets(receiver, self._wire.port, senders)
 
-    async def _replace_kernel_device(self, version: int) -> None:
+    async def _replace_kernel_device(self, version: int) -> bytes:
         """Where this node's dataplane was the kernel's until now, its device is in the way; its MAC is what peers
         know."""
         name = self._name_of(version)
         link = await self._netlink.link(name)
         if link is None or link.kind == "tun":
-            return
+            return b""
         ours = self._facing.public_ip if version == 4 else self._facing.public_ipv6
         if link.vxlan is None or link.vxlan.vni != self._wire.vni or link.vxlan.local != ours:
             raise KernelError(
@@ -202,8 +201,8 @@ class VxlanBackend:
                 "a daemon of this node made; remove or rename it"
             )
         log.info("Removing the kernel's device %s: this node carries VXLAN in userspace now", name)
-        self._mac = self._mac or bytes.fromhex(link.address.replace(":", ""))
         await self._netlink.remove_link(name)
+        return bytes.fromhex(link.address.replace(":", ""))
 
 
 def _random_mac() -> bytes:

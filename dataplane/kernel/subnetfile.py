@@ -160,7 +160,8 @@ class DaemonState:
     revision: int = 0
     peers: tuple[Entry, ...] = ()
     mac: str = ""
-    """Of our VTEP, in hexadecimal digits."""
+    mac_v6: str = ""
+    """Of our VTEPs for inner IPv4 and IPv6, in hexadecimal digits."""
 
 
 class _StateFile(msgspec.Struct):

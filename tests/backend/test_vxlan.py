@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
+import os
+import re
+import sys
+import time
+from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
@@ -11,15 +15,14 @@ import pytest
 from dataplane.backend.base import Underlay
 from dataplane.backend.userspace import Tuning
 from dataplane.backend.vxlan import VxlanBackend, VxlanWire
+from dataplane.errors import KernelError
 from dataplane.kernel.netlink import Netlink
+from dataplane.lease.model import LeaseAttrs, LeaseEventKind
 from dataplane.path.capability import EVERYTHING, Capability
 from dataplane.path.datapath import SourceCheck
-from tests.backend.tunnels import NETWORKS, Node, Service, ping, tcp_roundtrip, udp_exchange
-from tests.namespaces import Namespace, open_namespaces
+from tests.backend.tunnels import NETWORKS, Node, carries_everything, overlay, ping
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
-
-MTU = 1430
 
 
 def userspace(
@@ -28,46 +31,12 @@ def userspace(
     """What Node.start wants."""
 
     def make(facing: Underlay, netlink: Netlink, _node: Node) -> VxlanBackend:
-        kept: dict[str, Any] = {"mac": b"", "on_mac": lambda _: None, "on_device": lambda _: None, **changes}
+        kept: dict[str, Any] = {"macs": {}, "on_macs": lambda _: None, "on_device": lambda _: None, **changes}
         tuning = Tuning(SourceCheck.NODE, EVERYTHING - off, 0.0)
         networks = [NETWORKS[version] for version in versions]
         return VxlanBackend(facing, networks, VxlanWire(1, 8472, source_ports=ports), netlink, tuning, **kept)
 
     return make
-
-
-@contextlib.contextmanager
-def overlay(count: int = 2) -> Iterator[tuple[list[Node], Namespace]]:
-    """Nodes on one switch, each with a pod, without a backend yet."""
-    with open_namespaces(2 * count + 1) as (switch, *places):
-        switch.command("ip", "link", "add", "br0", "type", "bridge")
-        switch.command("ip", "link", "set", "br0", "up")
-        nodes = [Node(n + 1, places[2 * n], places[2 * n + 1]) for n in range(count)]
-        try:
-            for node in nodes:
-                node.plug_in(switch)
-                node.add_pod(MTU)
-            yield nodes, switch
-        finally:
-            for node in nodes:
-                node.stop()
-
-
-def carries_everything(one: Node, two: Node, version: int) -> None:
-    with contextlib.ExitStack() as stack:
-        for node in (one, two):
-            stack.callback(Service(node, version).close)
-        head = 28 if version == 4 else 48
-        sizes = [1, 2, 18, 64, 500, MTU - head - 1, MTU - head]
-        for source, target in ((one, two), (two, one)):
-            assert ping(source, target, version).returncode == 0
-            udp_exchange(source, target, version, sizes * 3)
-            udp_exchange(source, target, version, [4000, 9000])  # fragments
-            udp_exchange(source, target, version, [200] * 20, segment=200)
-            udp_exchange(source, target, version, [1000] * 19 + [10], segment=1000)
-            udp_exchange(source, target, version, [100, 50], segment=100)
-            for size in (1 << 16, 20 << 20):
-                tcp_roundtrip(source, target, version, size)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -103,3 +72,163 @@ def test_with_a_kernel_vtep_everything_is_carried(version: int, profile: str) ->
         kernels.program(ours)
         carries_everything(ours, kernels, version)
         assert set(ours.drops()) <= {"NO_ROUTE"}
+
+
+def test_every_capability_off_carries_the_same() -> None:
+    with overlay() as ((ours, kernels), _):
+        kernels.make_kernel_vtep()
+        ours.start(userspace(off=EVERYTHING))
+        ours.learn(kernels)
+        kernels.program(ours)
+        for version in (4, 6):
+            carries_everything(ours, kernels, version)
+
+
+def test_the_device_is_flannels() -> None:
+    with overlay(1) as ((one,), _):
+        one.start(userspace())
+        shown = one.machine.command("ip", "-d", "address", "show", "flannel.1").stdout
+        assert "tun" in shown
+        assert "mtu 1450" in shown
+        assert "inet 10.5.1.0/32" in shown
+        assert "inet6" not in shown
+        shown = one.machine.command("ip", "-d", "address", "show", "flannel-v6.1").stdout
+        assert "mtu 1430" in shown
+        assert "inet6 fd00:5:0:1::/128" in shown
+        assert shown.count("inet6") == 1, "no address of the kernel's making"
+        assert "10.5.0.0/16 dev flannel.1" in one.machine.command("ip", "route").stdout
+        assert "fd00:5::/48 dev flannel-v6.1" in one.machine.command("ip", "-6", "route").stdout
+        assert one.backend.mtu == 1430
+        one.stop()
+        assert "flannel" not in one.machine.command("ip", "link").stdout
+
+
+def test_flows_leave_by_several_ports_and_each_by_one() -> None:
+    with overlay() as ((one, two), _):
+        for node in (one, two):
+            node.start(userspace(ports=8))
+        one.learn(two)
+        two.learn(one)
+        one.machine.command("ethtool", "-K", "eth0", "tx-udp-segmentation", "off", "gso", "off")
+        capture = two.machine.spawn("tcpdump", "-lnni", "eth0", "-c", "60", "src 198.18.0.1 and udp")
+        assert capture.stderr is not None
+        while "listening" not in capture.stderr.readline():
+            pass
+        send = (
+            "import socket, sys\n"
+            "for port in range(30):\n"
+            "    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 20000 + port))\n"
+            "    for _ in range(2): s.sendto(b'x' * port, (sys.argv[1], 9))\n"
+        )
+        one.pod.command(sys.executable, "-c", send, two.pod_address(4))
+        shown, _ = capture.communicate(timeout=30)
+        by_length: dict[str, set[str]] = {}
+        for port, length in re.findall(r"198\.18\.0\.1\.(\d+) > .*\n.* length (\d+)", shown):
+            by_length.setdefault(length, set()).add(port)
+        assert len(by_length) == 30
+        assert all(len(ports) == 1 for ports in by_length.values()), "a flow keeps its port"
+        ports = {int(port) for found in by_length.values() for port in found}
+        assert 3 <= len(ports) <= 8
+        low, high = one.machine.command("sysctl", "-n", "net.ipv4.ip_local_port_range").stdout.split()
+        assert all(int(low) <= port <= int(high) for port in ports)
+
+
+def test_a_killed_daemons_device_is_taken_over_with_its_mac() -> None:
+    with overlay(1) as ((one,), _):
+        kept: list[dict[int, bytes]] = []
+        one.start(userspace(on_macs=lambda macs: kept.append(dict(macs))))
+        index = one.machine.command("cat", "/sys/class/net/flannel.1/ifindex").stdout
+        for tunnel in one.backend._tunnels.values():  # as a kill would leave it: nothing let go in order
+            one.ask(tunnel._path.stop())
+            tunnel._path = None
+            os.close(tunnel._tun.fd)
+            tunnel._tun = None
+        one.stop()
+        first = one.attrs
+        one.start(userspace(macs=kept[-1]))
+        assert one.attrs == first
+        assert one.machine.command("cat", "/sys/class/net/flannel.1/ifindex").stdout == index
+
+
+def test_the_kernels_device_makes_way_and_leaves_its_mac() -> None:
+    with overlay(1) as ((one,), _):
+        one.make_kernel_vtep()
+        kernels = one.attrs
+        one.start(userspace())
+        assert one.attrs == kernels, "peers need not learn anything"
+        assert "tun" in one.machine.command("ip", "-d", "link", "show", "flannel.1").stdout
+
+
+def test_a_foreign_device_of_that_name_is_left_alone() -> None:
+    with overlay(1) as ((one,), _):
+        one.machine.command("ip", "link", "add", "flannel.1", "type", "vxlan", "id", "7", "dstport", "8472")
+        with pytest.raises(KernelError, match=r"cannot make device flannel\.1: a vxlan device has that name"):
+            one.start(userspace())
+        assert "vxlan id 7" in one.machine.command("ip", "-d", "link", "show", "flannel.1").stdout
+
+
+def test_a_port_that_is_held_is_told_with_its_holder() -> None:
+    with overlay(1) as ((one,), _):
+        kind = ("type", "vxlan", "id", "9", "dstport", "8472")
+        one.machine.command("ip", "link", "add", "other", *kind)
+        one.machine.command("ip", "link", "set", "other", "up")
+        with pytest.raises(KernelError, match=r"0\.0\.0\.0:8472: the kernel vxlan device other holds it"):
+            one.start(userspace(versions=(4,)))
+
+
+def test_leases_that_cannot_be_obeyed_are_ignored_with_a_reason() -> None:
+    with overlay() as ((one, two), _):
+        one.start(userspace(versions=(4,)))
+        assert one.attrs is not None
+        ours = one.attrs.backend_data.decode()
+        cases = {
+            '{"VNI":1,"VtepMAC":"00:00:00:00:00:00"}': "all zero",
+            '{"VNI":1,"VtepMAC":"01:00:5e:00:00:01"}': "group address",
+            ours: "this node's own device",
+            '{"VNI":2,"VtepMAC":"0a:00:00:00:00:01"}': "its VNI is 2, ours 1",
+            "": "BackendData",
+        }
+        for data, reason in cases.items():
+            two.attrs = LeaseAttrs(two.address, None, "vxlan", data.encode())
+            one.learn(two)
+            assert reason in one.status().ignored[two.key.subnet]
+            assert not one.status().peers
+        two.attrs = LeaseAttrs(two.address)
+        one.learn(two)
+        assert "backend 'udp or alloc'" in one.status().ignored[two.key.subnet]
+
+
+def test_the_node_moves_to_another_address_and_mtu() -> None:
+    with overlay() as ((one, two), _):
+        for node in (one, two):
+            node.start(userspace())
+        one.learn(two)
+        two.learn(one)
+        assert ping(one, two, 4).returncode == 0
+        one.machine.command("sysctl", "-qw", "net.ipv4.conf.eth0.promote_secondaries=1")
+        one.machine.command("ip", "address", "add", "198.18.0.77/24", "dev", "eth0")
+        one.machine.command("ip", "link", "set", "eth0", "mtu", "1490")
+        moved = dataclasses.replace(
+            one.facing, address=IPv4Address("198.18.0.77"), public_ip=IPv4Address("198.18.0.77"), mtu=1490
+        )
+        one.attrs = one.ask(one.backend.move(moved))
+        assert one.attrs.public_ip == IPv4Address("198.18.0.77")
+        two.learn(one, kind=LeaseEventKind.CHANGED)
+        one.machine.command("ip", "address", "del", "198.18.0.1/24", "dev", "eth0")
+        assert ping(two, one, 4).returncode == 0
+        assert ping(one, two, 6).returncode == 0
+        assert "mtu 1440" in one.machine.command("ip", "link", "show", "flannel.1").stdout
+
+
+def test_a_deleted_device_comes_back_complete() -> None:
+    with overlay() as ((one, two), _):
+        for node in (one, two):
+            node.start(userspace())
+        one.learn(two)
+        two.learn(one)
+        one.machine.command("ip", "link", "del", "flannel.1")
+        for _ in range(100):
+            if ping(one, two, 4, "-c", "1", "-W", "1").returncode == 0:
+                break
+            time.sleep(0.1)
+        assert ping(one, two, 4).returncode == 0

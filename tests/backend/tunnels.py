@@ -7,6 +7,7 @@ Free of: leases in a store. Invariant: everything stands in namespaces of its ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
@@ -23,10 +24,10 @@ from dataplane.backend.base import Backend, BackendStatus, Underlay
 from dataplane.backend.peers import encode_vtep
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent, LeaseEventKind, LeaseKey
-from tests.namespaces import Namespace
+from tests.namespaces import Namespace, open_namespaces
 
 NETWORKS: dict[int, IPv4Network | IPv6Network] = {4: IPv4Network("10.5.0.0/16"), 6: IPv6Network("fd00:5::/48")}
-UNDERLAY_MTU = 1500
+POD_MTU = 1430
 MakeBackend = Callable[[Underlay, Netlink, Any], Backend]
 
 
@@ -288,3 +289,37 @@ def udp_exchange(source: Node, target: Node, version: int, sizes: Sequence[int],
 def ping(source: Node, target: Node, version: int, *options: str) -> subprocess.CompletedProcess[str]:
     argv = ("ping", f"-{version}", "-n", "-c", "2", "-i", "0.1", "-W", "2", *options, target.pod_address(version))
     return source.pod.command(*argv, check=False)
+
+
+@contextlib.contextmanager
+def overlay(count: int = 2) -> Iterator[tuple[list[Node], Namespace]]:
+    """Nodes on one switch, each with a pod, without a backend yet."""
+    with open_namespaces(2 * count + 1) as (switch, *places):
+        switch.command("ip", "link", "add", "br0", "type", "bridge")
+        switch.command("ip", "link", "set", "br0", "up")
+        nodes = [Node(n + 1, places[2 * n], places[2 * n + 1]) for n in range(count)]
+        try:
+            for node in nodes:
+                node.plug_in(switch)
+                node.add_pod(POD_MTU)
+            yield nodes, switch
+        finally:
+            for node in nodes:
+                node.stop()
+
+
+def carries_everything(one: Node, two: Node, version: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for node in (one, two):
+            stack.callback(Service(node, version).close)
+        head = 28 if version == 4 else 48
+        sizes = [1, 2, 18, 64, 500, POD_MTU - head - 1, POD_MTU - head]
+        for source, target in ((one, two), (two, one)):
+            assert ping(source, target, version).returncode == 0
+            udp_exchange(source, target, version, sizes * 3)
+            udp_exchange(source, target, version, [4000, 9000])  # fragments
+            udp_exchange(source, target, version, [200] * 20, segment=200)
+            udp_exchange(source, target, version, [1000] * 19 + [10], segment=1000)
+            udp_exchange(source, target, version, [100, 50], segment=100)
+            for size in (1 << 16, 20 << 20):
+                tcp_roundtrip(source, target, version, size)
