@@ -315,6 +315,7 @@ cdef bint join(packet_ref* packets, packet_chain* chain, uint32_t i, uint64_t* w
             chain.open = False
             return False
     if not checksums_right(&packets[i], wrong):
+        packets[i].header = 0                # nothing shall join it either
         return False
     packets[chain.last].next = i
     chain.last = i
@@ -354,7 +355,7 @@ cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* c
         chain.first = chain.last = i
         chain.count = 1
         chain.payload = packet.payload
-        chain.open = kin == MERGEABLE and not ends_chain(packet, packet)
+        chain.open = kin == MERGEABLE and packet.header != 0 and not ends_chain(packet, packet)
         chain.verified = False
         made += 1
     return made
