@@ -24,8 +24,8 @@ from dataplane.path.datapath import Datapath, Outer, PathEvent, PathEventKind, S
 VNI, MTU = 7, 1450
 OURS, THEIRS = bytes.fromhex("0a0000000001"), bytes.fromhex("0a0000000002")
 LOCAL = {4: "127.0.0.1", 6: "::1"}
-PEER = {4: IPv4Address("127.0.0.2"), 6: IPv6Address("::1")}
-SUBNET = {4: IPv4Network("10.5.2.0/24"), 6: IPv6Network("fd00:5:0:2::/64")}
+PEER: dict[int, IPv4Address | IPv6Address] = {4: IPv4Address("127.0.0.2"), 6: IPv6Address("::1")}
+SUBNET: dict[int, IPv4Network | IPv6Network] = {4: IPv4Network("10.5.2.0/24"), 6: IPv6Network("fd00:5:0:2::/64")}
 POD = {4: ("10.5.1.2", "10.5.2.9"), 6: ("fd00:5:0:1::2", "fd00:5:0:2::9")}
 IP_RECVTOS_ECN = {4: (socket.IPPROTO_IP, socket.IP_RECVTOS), 6: (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS)}
 
@@ -162,9 +162,9 @@ async def test_congestion_marks_arrive_by_the_table(rig: Rig, inner: int, outer:
     sent = rig.back(ecn=inner)
     expected = wire.with_outer_ecn(sent, outer)
     rig.send_from_peer(rig.frame(sent), ecn=outer)
-    rig.send_from_peer(rig.frame(rig.back(b"after")))
+    rig.send_from_peer(rig.frame(rig.back(b"longer, so never merged")))
     got = [rig.read_at_pod()[1] for _ in range(1 if expected is None else 2)]
-    assert got == [packet for packet in (expected, rig.back(b"after")) if packet is not None]
+    assert got == [packet for packet in (expected, rig.back(b"longer, so never merged")) if packet is not None]
     assert rig.drops() == ({DropReason.ECN: 1} if expected is None else {})
 
 
