@@ -73,7 +73,7 @@ cdef class Engine:
         self.rx = <rx_state*>calloc(1, sizeof(rx_state))
         if not (state and self.tx and self.rx):
             raise MemoryError
-        state.flow_keys[0] = secrets.randbits(64)
+        state.flow_keys[0] = secrets.randbits(64) | 1
         state.flow_keys[1] = secrets.randbits(64)
         state.icmp_v4 = icmp_v4
         state.icmp_v6 = icmp_v6

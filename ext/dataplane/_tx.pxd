@@ -182,16 +182,18 @@ cdef inline uint32_t flow_socket(const engine_state* engine, const uint8_t* pack
     cdef uint64_t hash, ends
     cdef uint32_t l4 = (packet[0] & 15) * 4 if view.version == 4 else <uint32_t>IPV6_HEADER
     cdef uint8_t protocol = packet[9] if view.version == 4 else packet[6]
-    ends = protocol
+    ends = <uint64_t>protocol << 32
     if (protocol == TCP or protocol == UDP) and l4 + 4 <= view.length:
         if view.version == 6 or load_be16(packet + 6) & 0x3FFF == 0:
-            ends |= <uint64_t>load_be32(packet + l4) << 32
+            ends |= load_be32(packet + l4)
     if view.version == 4:
         hash = load_be64(packet + 12)
     else:
         hash = stirred(load_be64(packet + 8) ^ engine.flow_keys[1], load_be64(packet + 16) ^ engine.flow_keys[0])
         hash ^= stirred(load_be64(packet + 24) ^ engine.flow_keys[0], load_be64(packet + 32) ^ engine.flow_keys[1])
     hash = stirred(hash ^ engine.flow_keys[0], ends ^ engine.flow_keys[1])
+    # once more: of neighbouring ports one product alone gives an arithmetic progression, which may miss most sockets
+    hash = stirred(hash ^ engine.flow_keys[1], engine.flow_keys[0])
     return <uint32_t>(<uint64_t><uint32_t>hash * engine.senders_count >> 32)
 
 
