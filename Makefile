@@ -13,7 +13,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := gcc iproute2 nftables iptables ethtool iputils-ping procps util-linux etcd-server etcd-client
+PACKAGES := gcc iproute2 nftables iptables ethtool iputils-ping procps util-linux etcd-server etcd-client tcpdump tshark
 EXT := $(shell find ext bench -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -path 'bench/generator/*.c')
 
 # $(call step,what,what to do if it fails): names the step before, and its remedy after a failure

@@ -49,6 +49,10 @@ class KernelError(LodenError):
     """The kernel refused an operation. Says which, on what object, why, and who holds it where that is known."""
 
 
+class CaptureError(LodenError):
+    """A capture cannot be made, written or read. Says which file or daemon, where in it, and why."""
+
+
 class DropReason(IntEnum):
     """Why a packet was not carried. Mirrors the DROP_ constants of ext/dataplane/abi.pxd, value for value."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dataplane.errors import DropReason
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
@@ -99,3 +99,12 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Ordered stop: what attach made is gone afterwards, unless the kernel carries on by itself as it does for
         flannel. Safe to call at any point of the life."""
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """A backend whose packets pass through our own path, where they can be looked at."""
+
+    async def arm(self, taps: Sequence[Any]) -> None:
+        """Show every packet to these taps of the path from now on, and to no others; also after the device was made
+        again. Returns once the former ones are no longer written to."""

@@ -19,6 +19,7 @@ from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
 from dataplane.path.capability import Capability
+from dataplane.path.datapath import Tap
 from dataplane.path.wire import UDP_OVERHEAD
 
 
@@ -86,6 +87,9 @@ class UdpBackend:
             ignored=self._tunnel.ignored,
             capabilities={capability: self._tunnel.state_of(capability) for capability in Capability},
         )
+
+    async def arm(self, taps: Sequence[Tap]) -> None:
+        await self._tunnel.arm(taps)
 
     async def close(self) -> None:
         await self._tunnel.close()

@@ -36,6 +36,7 @@ from dataplane.path.datapath import (
     PathStatistics,
     RouteCounters,
     SourceCheck,
+    Tap,
     Vxlan,
 )
 
@@ -153,6 +154,8 @@ class Tunnel:
         self._rebuild: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
+        self._taps: Sequence[Tap] = ()
+        self._number = 0
 
     # --- what a backend asks --------------------------------------------------------------------------------------
 
@@ -234,11 +237,18 @@ class Tunnel:
                 self._forget(peer)
             if self._path is not None:
                 await self._path.rewire(self._sockets.outer, mtu)
+                await self._arm_again()
                 await self._look_at_pods()
             if former is not None:
                 former.close(kept=self._sockets)
             if self._tun is not None:
                 await self._netlink.ensure_link_up(self._tun.name, mtu=mtu)
+
+    async def arm(self, taps: Sequence[Tap], number: int = 0) -> None:
+        """Show packets to these taps and no others, also after the path was made again. `number`: see Datapath.arm."""
+        self._taps, self._number = taps, number
+        if self._path is not None:
+            await self._path.arm(taps, number)
 
     async def close(self) -> None:
         """Device, address and routes go. Safe to call at any point of the life."""
@@ -286,6 +296,7 @@ class Tunnel:
         for subnet in self._subnets:
             await self._netlink.ensure_route(networks[subnet.version], self._device)
         self._start_path(self._tun, self._sockets)
+        await self._arm_again()
         await self._look_at_pods()
         carried = " and ".join(str(networks[subnet.version]) for subnet in self._subnets)
         log.info("Carrying %s through %s, MTU %d, port %d", carried, self._device, self._mtu, self._sockets.port)
@@ -325,6 +336,11 @@ class Tunnel:
             for peer in peers.obeyed.values():
                 self._set_route(peer)
         self._path.start()
+
+    async def _arm_again(self) -> None:
+        """With what the sockets of now say of the outer headers."""
+        if self._taps and self._path is not None:
+            await self._path.arm(self._taps, self._number)
 
     def _set_route(self, peer: Peer) -> None:
         self._refused.pop(peer.subnet, None)

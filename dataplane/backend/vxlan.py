@@ -21,7 +21,7 @@ from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
 from dataplane.path.capability import Capability
-from dataplane.path.datapath import Vxlan
+from dataplane.path.datapath import Tap, Vxlan
 from dataplane.path.wire import VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,10 @@ class VxlanBackend:
             ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
             capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
         )
+
+    async def arm(self, taps: Sequence[Tap]) -> None:
+        for number, tunnel in enumerate(self._tunnels.values()):
+            await tunnel.arm(taps, number)
 
     async def close(self) -> None:
         for tunnel in self._tunnels.values():

@@ -8,17 +8,20 @@ again only after both pumps have left every table that names it.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any
 
 from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
+from dataplane._tap import Tap, TapSet
 from dataplane.errors import DropReason, KernelError
 from dataplane.path.capability import Capability
 
@@ -34,6 +37,30 @@ SWEEP_SECONDS = 1.0
 STOP_SECONDS = 5.0
 MAX_ROUTES = 1 << 18
 """Counter slots; memory that no peer uses is never touched."""
+
+GRACE_SECONDS = 1.0
+"""How long `arm` waits for the pumps to leave the former taps, looking every LOOK_SECONDS."""
+
+LOOK_SECONDS = 0.002
+
+VXLAN_HEAD = 8 + 14
+"""VXLAN and Ethernet header, before the inner packet."""
+
+# linux/in.h, linux/in6.h: not in Python's socket module before 3.14
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DONT, _IP_RECVTTL = 10, 0, 12
+
+__all__ = [
+    "Datapath",
+    "IcmpSender",
+    "Outer",
+    "PathEvent",
+    "PathEventKind",
+    "PathStatistics",
+    "RouteCounters",
+    "SourceCheck",
+    "Tap",
+    "Vxlan",
+]
 
 _CHANGE = struct.Struct("=16s16sIHBB6s2x")
 """See dataplane._fib.Fib.updated."""
@@ -167,6 +194,7 @@ class Datapath:
             version = sender.source.version
             errors |= {f"icmp_v{version}": sender.fd, f"icmp_source_v{version}": sender.source.packed}
         frames: dict[str, Any] = {"vni": vxlan.vni, "mac": vxlan.mac, "version": vxlan.version} if vxlan else {}
+        self._outer, self._vxlan = outer, vxlan
         self._engine = Engine(
             tun,
             outer.receiver,
@@ -246,6 +274,44 @@ class Datapath:
             self._leaving_slots = []
         self._sweep()
 
+    async def arm(self, taps: Sequence[Tap], path: int = 0) -> None:
+        """Show what the pumps carry to `taps` and to nobody else; returns once no pump uses a former one any more, or
+        after GRACE_SECONDS. `path` numbers this path where the same taps are armed in two. Raises ValueError for more
+        taps than the engine takes."""
+        generation = self._engine.arm(self._tap_set(taps, path) if taps else None)
+        end = self._loop.time() + GRACE_SECONDS
+        # a pump tells nobody that it left a generation: it must be looked at
+        while self._engine.oldest_generation() < generation and self._loop.time() < end:  # noqa: ASYNC110 - as said
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _tap_set(self, taps: Sequence[Tap], path: int) -> TapSet:
+        """The taps, with what the sockets say of the datagrams that they send; these also tell TOS and TTL of what they
+        receive from now on."""
+        with _borrowed(self._outer.receiver) as receiver:
+            _tell_outer_header(receiver)
+            port = receiver.getsockname()[1]
+        names = []
+        for fd in _senders(self._outer):
+            with _borrowed(fd) as sender:
+                names.append(sender.getsockname())
+                six = sender.family == socket.AF_INET6
+                level, hops = (
+                    (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS) if six else (socket.IPPROTO_IP, socket.IP_TTL)
+                )
+                ttl = sender.getsockopt(level, hops)
+                whole = not six and sender.getsockopt(level, _IP_MTU_DISCOVER) != _IP_PMTUDISC_DONT
+        frames: dict[str, int] = {"vni": self._vxlan.vni, "skip": VXLAN_HEAD} if self._vxlan else {}
+        return TapSet(
+            taps,
+            local=ip_address(names[0][0]).packed,
+            port=port,
+            ports=tuple(name[1] for name in names),
+            ttl=ttl,
+            dont_fragment=whole,
+            path=path,
+            **frames,
+        )
+
     def statistics(self) -> PathStatistics:
         """Every counter as of now."""
         counters = self._engine.counters()
@@ -270,6 +336,7 @@ class Datapath:
         start packets wait in the TUN's queue and in the sockets."""
         running = bool(self._threads)
         await self._stop_pumps()
+        self._outer = outer
         self._engine.rewire(outer.receiver, _senders(outer), outer.port, mtu)
         if running:
             self._start_pumps()
@@ -345,6 +412,20 @@ def _senders(outer: Outer) -> tuple[int, ...]:
     if len(outer.senders) > MOST_SENDERS:
         raise KernelError(f"{len(outer.senders)} source ports are more than the {MOST_SENDERS} that the path knows")
     return outer.senders or (outer.receiver,)
+
+
+def _borrowed(fd: int) -> socket.socket:
+    """A socket of our own for a descriptor that stays the caller's."""
+    return socket.socket(fileno=os.dup(fd))
+
+
+def _tell_outer_header(receiver: socket.socket) -> None:
+    if receiver.family == socket.AF_INET6:
+        receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+        receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+    else:
+        receiver.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        receiver.setsockopt(socket.IPPROTO_IP, _IP_RECVTTL, 1)
 
 
 def _wide(address: IPv4Address | IPv6Address) -> bytes:

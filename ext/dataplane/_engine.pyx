@@ -17,6 +17,7 @@ from dataplane.abi cimport *
 from dataplane._fib cimport Fib
 from dataplane._pump cimport EVENTS, SENDERS, engine_state, pump_state
 from dataplane._rx cimport pump_rx, rx_state
+from dataplane._tap cimport TapSet
 from dataplane._tx cimport ICMP_BURST, READS, pump_tx, tx_state
 from dataplane._udpio cimport MESSAGES, RUN_DATAGRAMS, prepare_inbox
 from dataplane.headers cimport (
@@ -54,7 +55,8 @@ cdef class Engine:
     cdef tx_state* tx
     cdef rx_state* rx
     cdef Fib fib
-    cdef list retired        # (generation in which it was replaced, table)
+    cdef TapSet taps
+    cdef list retired        # (generation in which it was replaced, table or set of taps)
 
     def __cinit__(self, int tun, int udp, tuple senders, *, int port, int source_check, uint32_t slots,
                   uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns, uint32_t mtu,
@@ -172,6 +174,17 @@ cdef class Engine:
         former = self.fib
         self.fib = fib
         store_pointer(&state.table, fib.table)
+        return self.retire(former)
+
+    def arm(self, TapSet taps):
+        """Let both pumps show what they carry to `taps`, or to nobody, from their next batch on; as `publish`."""
+        former = self.taps
+        self.taps = taps
+        store_pointer(&self.state.taps, &taps.armed if taps is not None else NULL)
+        return self.retire(former)
+
+    cdef retire(self, former):
+        cdef engine_state* state = self.state
         store_u64(&state.generation, state.generation + 1)
         self.retired.append((state.generation, former))
         self.oldest_generation()

@@ -1,14 +1,15 @@
 # Owns what both pumps share: their state, how they enter and leave a table, how they wait, how they report.
 #
-# Invariant (a pump and a table): a pump writes the generation that it works under into a word of its own before it loads
+# Invariant (a pump, a table, a set of taps): a pump writes the generation that it works under into a word of its own before it loads
 # the table, and 0 before it waits. A table that was replaced in generation g is unused once every word is 0 or at
 # least g; so publishing never waits and the pumps never lock.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
-from dataplane._fib cimport fib_table
-from dataplane.headers cimport vxlan_link
+from dataplane._fib cimport fib_route, fib_table
+from dataplane._tap cimport tap_record, tap_set
+from dataplane.headers cimport is_mapped, store_be32, store_u128, vxlan_link
 
 cdef enum:
     EVENTS = 256
@@ -18,6 +19,8 @@ cdef enum:
 cdef struct pump_state:
     uint64_t generation      # alone on its cache line: publish reads it
     uint64_t padding[7]
+    const tap_set* taps      # those of the generation; NULL where nobody looks
+    const fib_table* table   # and its table
     uint64_t packets
     uint64_t bytes
     uint64_t superframes     # TX: read from the TUN; RX: written to it
@@ -34,6 +37,7 @@ cdef struct pump_state:
 
 cdef struct engine_state:
     void* table              # fib_table*
+    void* taps               # tap_set*, or NULL
     uint64_t generation
     uint64_t stopping
     int tun
@@ -93,11 +97,35 @@ cdef inline void post_event(engine_state* engine, pump_state* pump, event_kind k
 
 cdef inline const fib_table* enter(engine_state* engine, pump_state* pump) noexcept nogil:
     store_u64(&pump.generation, load_u64(&engine.generation))
-    return <const fib_table*>load_pointer(&engine.table)
+    pump.taps = <const tap_set*>load_pointer(&engine.taps)
+    pump.table = <const fib_table*>load_pointer(&engine.table)
+    return pump.table
 
 
 cdef inline void leave(pump_state* pump) noexcept nogil:
     store_u64(&pump.generation, 0)
+
+
+cdef inline void name_lease(tap_record* about, const fib_table* table, uint32_t at) noexcept nogil:
+    """The lease is that of route `at`, or none."""
+    cdef const fib_route* route
+    cdef u128 mask
+    about.lease = 0
+    if at == NO_PEER:
+        return
+    route = &table.routes[at]
+    mask = route.mask
+    about.lease_bits = 0
+    while mask:
+        about.lease_bits += 1
+        mask <<= 1
+    if is_mapped(route.subnet):
+        about.lease = 4
+        about.lease_bits -= 96
+        store_be32(about.subnet, <uint32_t>route.subnet)
+    else:
+        about.lease = 6
+        store_u128(about.subnet, route.subnet)
 
 
 cdef inline void rest(engine_state* engine) noexcept nogil:

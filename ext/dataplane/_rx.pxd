@@ -11,12 +11,14 @@ from dataplane._offload cimport (
     packet_ref, plan_split, split_plan, stamp_segment, stamp_superframe,
 )
 from dataplane._pump cimport (
-    engine_state, enter, leave, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
+    engine_state, enter, leave, name_lease, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
 )
+from dataplane._tap cimport TAP_RX, name_remote, tap_bytes, tap_record, wall_ns
 from dataplane._tunio cimport tun_write_parts
 from dataplane._udpio cimport MESSAGES, facts_of, message_facts, receive, source_of, udp_inbox
 from dataplane.headers cimport (
-    ETHERTYPE_IPV4, FRAME_HEAD, IPV6_HEADER, decap_ecn, ip_view, load_be16, parse_frame_head, parse_ip,
+    ETHERTYPE_IPV4, FRAME_HEAD, IPV6_HEADER, decap_ecn, ip_view, load_be16, load_be32,
+    load_u128, mapped, parse_frame_head, parse_ip,
 )
 
 cdef enum:
@@ -44,6 +46,78 @@ cdef struct rx_state:
     int device_error
     uint64_t superframe_told_ms
     unknown_source unknown[SOURCES]
+    tap_record about         # what those who look are told of the message in hand
+
+
+# --------------------------------------------------------------------------------------------------------- taps
+
+cdef inline void begin_tap(engine_state* engine, rx_state* rx, unsigned int i, uint32_t size) noexcept nogil:
+    """What a message's datagrams have in common: sender, TOS and TTL, and the superframe if it is one."""
+    cdef tap_record* about = &rx.about
+    cdef msghdr* message = <msghdr*>&rx.inbox.messages[i].msg_hdr
+    cdef cmsghdr* control = CMSG_FIRSTHDR(message)
+    about[0] = engine.rx.taps.about
+    about.direction = TAP_RX
+    about.ns = wall_ns()
+    about.ttl = 0
+    about.dont_fragment = False
+    about.local_port = engine.rx.taps.port
+    about.remote_port = ntohs(rx.inbox.sources[i].v4.sin_port)   # the same place as sin6_port
+    name_remote(about, source_of(&rx.inbox, i))
+    if size < rx.inbox.messages[i].msg_len:
+        about.superframe = engine.rx.messages
+        about.superframe_bytes = rx.inbox.messages[i].msg_len
+    while control != NULL:
+        if control.cmsg_level == SOL_IP and control.cmsg_type == IP_TOS:
+            about.tos = CMSG_DATA(control)[0]
+        elif control.cmsg_level == SOL_IP and control.cmsg_type == IP_TTL:
+            about.ttl = <uint8_t>(<int*>CMSG_DATA(control))[0]
+        elif control.cmsg_level == SOL_IPV6 and control.cmsg_type == IPV6_TCLASS:
+            about.tos = <uint8_t>(<int*>CMSG_DATA(control))[0]
+        elif control.cmsg_level == SOL_IPV6 and control.cmsg_type == IPV6_HOPLIMIT:
+            about.ttl = <uint8_t>(<int*>CMSG_DATA(control))[0]
+        control = CMSG_NXTHDR(message, control)
+
+
+cdef inline void tap_datagram(engine_state* engine, rx_state* rx, uint32_t peer, const uint8_t* datagram, size_t length,
+                              uint8_t drop) noexcept nogil:
+    """Show a datagram of the message in hand: accepted, or dropped for `drop`."""
+    cdef const fib_table* table = engine.rx.table
+    cdef const uint8_t* packet = datagram + rx.about.skip
+    cdef uint32_t at = peer
+    cdef u128 source = 0
+    rx.about.drop = drop
+    if rx.about.skip and length >= 8:
+        rx.about.vni = load_be32(datagram + 4) >> 8      # as it stands there, which may be why it is dropped
+    if length >= rx.about.skip + 20 and packet[0] >> 4 == 4:
+        source = mapped(load_be32(packet + 12))
+    elif length >= rx.about.skip + 40 and packet[0] >> 4 == 6:
+        source = load_u128(packet + 8)
+    while at != NO_PEER and source & table.routes[at].mask != table.routes[at].subnet:
+        at = table.routes[at].next_same
+    name_lease(&rx.about, table, peer if at == NO_PEER else at)      # its first lease, where none holds the source
+    tap_bytes(engine.rx.taps, &rx.about, datagram, length)
+
+
+cdef inline void tap_message(engine_state* engine, rx_state* rx, uint32_t peer, const uint8_t* at, size_t left,
+                             size_t size, uint8_t drop) noexcept nogil:
+    """Show all datagrams of a message that is dropped as a whole."""
+    while left:
+        if left < size:
+            size = left
+        tap_datagram(engine, rx, peer, at, size, drop)
+        at += size
+        left -= size
+
+
+cdef inline void tap_unwritten(engine_state* engine, const packet_ref* packet) noexcept nogil:
+    """Show a packet that was accepted, and shown as such, but that the device refused."""
+    cdef tap_record about = engine.rx.taps.about
+    about.direction = TAP_RX
+    about.ns = wall_ns()
+    about.drop = DROP_TUN_WRITE
+    about.outer = about.skip = 0
+    tap_bytes(engine.rx.taps, &about, packet.data, packet.length)
 
 
 cdef inline void note_unknown(engine_state* engine, rx_state* rx, u128 address, uint32_t datagrams) noexcept nogil:
@@ -117,6 +191,8 @@ cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_r
     if packet.segment == 0:
         error = write_single(engine, rx, &header, packet.data, packet.length)
         count_written(engine, rx, 1, packet.length, error)
+        if error and engine.rx.taps != NULL:
+            tap_unwritten(engine, packet)
         return
     if engine.merge_udp if packet.check_offset == 6 else engine.merge_tcp:
         error = write_single(engine, rx, &header, packet.data, packet.length)
@@ -249,6 +325,8 @@ cdef inline bint accept_packet(engine_state* engine, rx_state* rx, const fib_tab
     """Take a datagram that is a packet, or drop it."""
     cdef ip_view view
     cdef int verdict = check_packet(engine, table, peer, data, length, &view)
+    if engine.rx.taps != NULL:
+        tap_datagram(engine, rx, peer, data, length, <uint8_t>verdict)
     if verdict != DROP_REASONS:
         engine.rx.drops[verdict] += 1
         return False
@@ -286,6 +364,8 @@ cdef inline bint accept_frame(engine_state* engine, rx_state* rx, const fib_tabl
     cdef int verdict = check_frame(engine, table, peer, frame, length, &view)
     if verdict == DROP_REASONS:
         verdict = decap_ecn(frame + FRAME_HEAD, ecn)
+    if engine.rx.taps != NULL:
+        tap_datagram(engine, rx, peer, frame, length, <uint8_t>verdict)
     if verdict != DROP_REASONS:
         engine.rx.drops[verdict] += 1
         return False
@@ -309,10 +389,14 @@ cdef inline uint32_t frame_length(const uint8_t* frame, uint32_t length) noexcep
     return 0
 
 
-cdef inline void drop_message(engine_state* engine, const uint8_t* frame, uint32_t length, uint32_t datagrams) noexcept nogil:
-    """A message whose first frame is longer than a datagram and shorter than all: neither can it be cut, nor is it one."""
+cdef inline int drop_message(engine_state* engine, const uint8_t* frame, uint32_t length, uint32_t datagrams) noexcept nogil:
+    """A message whose first frame is longer than a datagram and shorter than all: neither can it be cut, nor is it one.
+    Returns the reason."""
     cdef int verdict = parse_frame_head(frame, length, &engine.link)
-    engine.rx.drops[DROP_LENGTH if verdict == DROP_REASONS else verdict] += datagrams
+    if verdict == DROP_REASONS:
+        verdict = DROP_LENGTH
+    engine.rx.drops[verdict] += datagrams
+    return verdict
 
 
 cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_table* table, unsigned int i,
@@ -326,9 +410,14 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
     cdef uint32_t peer = fib_source(table, source)
     cdef uint32_t datagrams = (left + size - 1) // size if size else 1
     cdef bint any = False
+    cdef int verdict
     engine.rx.messages += 1
+    if engine.rx.taps != NULL:
+        begin_tap(engine, rx, i, size)
     if peer == NO_PEER and engine.check != CHECK_OFF:
         engine.rx.drops[DROP_UNKNOWN_PEER] += datagrams
+        if engine.rx.taps != NULL:
+            tap_message(engine, rx, NO_PEER, at, left, size, DROP_UNKNOWN_PEER)
         note_unknown(engine, rx, source, datagrams)
         return
     if engine.vxlan and size < left:
@@ -337,7 +426,9 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
         if expected == left:
             segment, size = size, left
         elif expected > size:
-            drop_message(engine, at, size, datagrams)
+            verdict = drop_message(engine, at, size, datagrams)
+            if engine.rx.taps != NULL:
+                tap_message(engine, rx, peer, at, left, size, <uint8_t>verdict)
             return
     while True:
         if left < size:

@@ -7,14 +7,16 @@ from dataplane.abi cimport *
 from dataplane._fib cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
 from dataplane._offload cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._pump cimport (
-    engine_state, enter, leave, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
+    engine_state, enter, leave, name_lease, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
 )
+from dataplane._tap cimport TAP_TX, name_remote, tap_bytes, tap_payload, tap_record, wall_ns
 from dataplane._tunio cimport tun_read
 from dataplane._udpio cimport (
     add_to_run, describe_run, fits_run, open_run, outer_address, seal_outbox, udp_outbox, udp_run, write_address,
 )
 from dataplane.headers cimport (
     FRAME_HEAD, ICMP_MOST, IPV6_HEADER, TCP, UDP, build_icmp_error, encap_ecn, ip_view, load_be16, load_be32, load_be64,
+    load_u128,
     may_answer_with_icmp, parse_ip, write_frame_head,
 )
 
@@ -36,6 +38,8 @@ cdef struct tx_state:
     uint64_t icmp_tokens
     uint64_t icmp_refilled_ms
     uint8_t icmp_packet[ICMP_MOST]
+    uint64_t reads           # before this batch: with its place in the batch they number a superframe
+    uint64_t tap_ns          # when the outbox was sent, for those who look
 
 cdef struct tx_way:          # how a packet leaves
     const fib_route* route
@@ -44,6 +48,57 @@ cdef struct tx_way:          # how a packet leaves
     uint32_t socket
     uint32_t mtu             # of the path; 0: nothing to heed
     uint8_t ecn
+
+
+# --------------------------------------------------------------------------------------------------------- taps
+
+cdef inline void tap_parts(engine_state* engine, tx_state* tx, const udp_run* run, uint32_t first, uint32_t used,
+                           uint8_t drop) noexcept nogil:
+    """Show the datagrams of a run that lie in parts[first] to parts[used - 1]: sent, or dropped for `drop`."""
+    cdef tap_record about = engine.tx.taps.about
+    cdef const iovec* parts = <const iovec*>run.parts
+    cdef const uint8_t* packet
+    cdef uint32_t next = first, length, at
+    about.direction = TAP_TX
+    about.ns = tx.tap_ns
+    about.drop = drop
+    about.tos = run.ecn
+    about.local_port = engine.tx.taps.ports[run.socket]
+    name_remote(&about, run.address)
+    while next < used:
+        first = next
+        length = 0
+        while next < used and length < run.size:
+            length += <uint32_t>parts[next].iov_len
+            next += 1
+        about.superframe = 0
+        about.superframe_bytes = 0
+        if next - first == 2:        # a stamped header, and a payload that lies where the superframe was read
+            at = <uint32_t>(<size_t>(<uint8_t*>parts[next - 1].iov_base - tx.buffers) // BUFFER_STRIDE)
+            packet = tx.buffers + <size_t>at * BUFFER_STRIDE + HEADROOM
+            about.superframe = tx.reads + at + 1
+            about.superframe_bytes = load_be16(packet + 2) if packet[0] >> 4 == 4 else IPV6_HEADER + load_be16(packet + 4)
+        packet = <const uint8_t*>parts[first].iov_base + about.skip
+        if packet[0] >> 4 == 4:
+            at = fib_lookup_v4(engine.tx.table, load_be32(packet + 16))
+        else:
+            at = fib_lookup_v6(engine.tx.table, load_u128(packet + 24))
+        name_lease(&about, engine.tx.table, at)
+        tap_payload(engine.tx.taps, &about, &parts[first], next - first)
+
+
+cdef inline void drop_packet(engine_state* engine, const uint8_t* packet, size_t length, uint8_t drop) noexcept nogil:
+    """Count a packet that never got an outer header, and show it."""
+    cdef tap_record about
+    engine.tx.drops[drop] += 1
+    if engine.tx.taps == NULL:
+        return
+    about = engine.tx.taps.about
+    about.direction = TAP_TX
+    about.ns = wall_ns()
+    about.drop = drop
+    about.outer = about.skip = 0
+    tap_bytes(engine.tx.taps, &about, packet, length)
 
 
 cdef inline void answer(engine_state* engine, tx_state* tx, const uint8_t* packet, const ip_view* view, uint32_t mtu) noexcept nogil:
@@ -83,8 +138,11 @@ cdef inline void count_sent(engine_state* engine, const udp_run* run, uint32_t d
     engine.tx.bytes += bytes
 
 
-cdef inline void drop_unsent(engine_state* engine, const udp_run* run, uint32_t datagrams, int error) noexcept nogil:
+cdef inline void drop_unsent(engine_state* engine, tx_state* tx, const udp_run* run, uint32_t first, uint32_t used,
+                             uint32_t datagrams, int error) noexcept nogil:
     engine.tx.drops[DROP_SEND_FAILED] += datagrams
+    if engine.tx.taps != NULL:
+        tap_parts(engine, tx, run, first, used, DROP_SEND_FAILED)
     post_event(engine, &engine.tx, EVENT_SEND_FAILED, run.address, error)
 
 
@@ -107,7 +165,7 @@ cdef inline int send_patiently(engine_state* engine, int fd, mmsghdr* messages, 
     return -EINTR
 
 
-cdef inline void send_singly(engine_state* engine, udp_run* run) noexcept nogil:
+cdef inline void send_singly(engine_state* engine, tx_state* tx, udp_run* run) noexcept nogil:
     """Send a run that the kernel would not cut, datagram by datagram, each once."""
     cdef mmsghdr message
     cdef uint32_t part = 0, first, length
@@ -124,14 +182,17 @@ cdef inline void send_singly(engine_state* engine, udp_run* run) noexcept nogil:
         sent = send_patiently(engine, engine.senders[run.socket], &message, 1)
         if sent > 0:
             count_sent(engine, run, 1, length)
+            if engine.tx.taps != NULL:
+                tap_parts(engine, tx, run, first, part, DROP_REASONS)
         else:
-            drop_unsent(engine, run, 1, -sent)
+            drop_unsent(engine, tx, run, first, part, 1, -sent)
 
 
-cdef inline void send_refused(engine_state* engine, udp_outbox* outbox, udp_run* run, int error) noexcept nogil:
+cdef inline void send_refused(engine_state* engine, tx_state* tx, udp_run* run, int error) noexcept nogil:
     """The kernel took nothing of this run: go on without what it may lack, and remember that."""
+    cdef udp_outbox* outbox = &tx.outbox
     if run.count == 1 or error not in (EIO, EINVAL, EMSGSIZE):
-        drop_unsent(engine, run, run.count, error)
+        drop_unsent(engine, tx, run, 0, run.used, run.count, error)
         return
     if error == EMSGSIZE:                            # the path's MTU is smaller than we believed
         post_event(engine, &engine.tx, EVENT_TOO_LONG, run.address, run.size)
@@ -140,7 +201,7 @@ cdef inline void send_refused(engine_state* engine, udp_outbox* outbox, udp_run*
     elif outbox.most > 1:                            # EIO: no checksum offload below, or a transform
         outbox.most = 1
         post_event(engine, &engine.tx, EVENT_CAPABILITY_LOST, 0, CAPABILITY_UDP_SEGMENT)
-    send_singly(engine, run)
+    send_singly(engine, tx, run)
 
 
 cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
@@ -151,6 +212,8 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
     cdef uint32_t done = 0, together
     cdef int sent, i
     seal_outbox(outbox)
+    if engine.tx.taps != NULL:
+        tx.tap_ns = wall_ns()
     while done < outbox.count and not stopping(engine):
         run = &outbox.runs[outbox.order[done]]
         together = 1
@@ -161,9 +224,11 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
             for i in range(sent):
                 run = &outbox.runs[outbox.order[done]]
                 count_sent(engine, run, run.count, run.bytes)
+                if engine.tx.taps != NULL:
+                    tap_parts(engine, tx, run, 0, run.used, DROP_REASONS)
                 done += 1
         else:
-            send_refused(engine, outbox, run, -sent)
+            send_refused(engine, tx, run, -sent)
             done += 1
     engine.tx.messages += done
     outbox.count = 0
@@ -229,7 +294,7 @@ cdef inline void take_superframe(engine_state* engine, tx_state* tx, const tx_wa
     cdef uint32_t index, payload, head
     cdef uint8_t* stamp
     if not plan_split(&tx.header, packet, length, &plan):
-        engine.tx.drops[DROP_SUPERFRAME] += 1
+        drop_packet(engine, packet, length, DROP_SUPERFRAME)
         return
     engine.tx.superframes += 1
     head = plan.header + way.overhead
@@ -289,21 +354,21 @@ cdef inline void take_packet(engine_state* engine, tx_state* tx, const fib_table
     cdef uint32_t at
     cdef int verdict = parse_ip(packet, length, &view)
     if verdict != DROP_REASONS:
-        engine.tx.drops[verdict] += 1
+        drop_packet(engine, packet, length, <uint8_t>verdict)
         return
     at = find_route(table, &view)
     if at == NO_PEER:
-        engine.tx.drops[DROP_NO_ROUTE] += 1
+        drop_packet(engine, packet, view.length, DROP_NO_ROUTE)
         answer(engine, tx, packet, &view, 0)
         return
     way = way_of(engine, &table.routes[at], packet, &view)
     if way.mtu and too_long(tx, way.mtu, packet, &view):
-        engine.tx.drops[DROP_PATH_MTU] += 1
+        drop_packet(engine, packet, view.length, DROP_PATH_MTU)
         answer(engine, tx, packet, &view, way.mtu)
     elif tx.header.gso_type:
         take_superframe(engine, tx, &way, packet, view.length)
     elif tx.header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM and not finish_checksum(&tx.header, packet, view.length):
-        engine.tx.drops[DROP_SUPERFRAME] += 1
+        drop_packet(engine, packet, view.length, DROP_SUPERFRAME)
     else:
         push_packet(engine, tx, &way, packet, <uint32_t>view.length)
 
@@ -343,8 +408,9 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
                 break
             packet = tx.buffers + <size_t>reads * BUFFER_STRIDE + HEADROOM
             got = tun_read(engine.tun, &tx.header, packet, BUFFER_BYTES)
-        leave(&engine.tx)
         send_outbox(engine, tx)
+        leave(&engine.tx)
+        tx.reads += reads
         if got == -EBADFD:
             park(engine, &engine.tx, EBADFD)
         elif got < 0 and got not in (-EAGAIN, -EINTR):

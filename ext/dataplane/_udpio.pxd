@@ -15,7 +15,7 @@ cdef enum:
     RUN_DATAGRAMS = 128      # UDP_MAX_SEGMENTS of kernels since 6.9; older ones take 64
     RUN_BYTES = 65507        # what one UDP send takes over IPv4
     MESSAGES = 64            # received at once
-    CONTROL = 64             # bytes for control messages: UDP_GRO and the outer TOS
+    CONTROL = 96             # bytes for control messages: UDP_GRO, the outer TOS, and its TTL while a tap is armed
     SEND_CONTROL = 48        # CMSG_SPACE(2) and CMSG_SPACE(4)
 
 cdef union outer_address:

@@ -54,7 +54,9 @@ cdef extern from "<netinet/in.h>" nogil:
     int SOL_IP "IPPROTO_IP"
     int SOL_IPV6 "IPPROTO_IPV6"
     int IP_TOS
+    int IP_TTL
     int IPV6_TCLASS
+    int IPV6_HOPLIMIT
     struct in_addr:
         uint32_t s_addr
     struct sockaddr_in:
@@ -71,6 +73,9 @@ cdef extern from "<netinet/in.h>" nogil:
     uint32_t ntohl(uint32_t value)
     uint16_t htons(uint16_t value)
     uint16_t ntohs(uint16_t value)
+
+cdef extern from "<arpa/inet.h>" nogil:
+    const char* inet_ntop(int family, const void* address, char* text, unsigned int size)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -112,6 +117,7 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int clock, clock_time* now)
     int CLOCK_MONOTONIC
     int CLOCK_MONOTONIC_COARSE
+    int CLOCK_REALTIME
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     # include/uapi/linux/virtio_net.h; a TUN with IFF_VNET_HDR puts it before every packet
