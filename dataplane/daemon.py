@@ -16,13 +16,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dataplane import __version__, klog, netconf, parts, systemd
 from dataplane import options as flags
 from dataplane.backend.base import Backend, Underlay
 from dataplane.cleanup import cleanup
-from dataplane.debug import status
+from dataplane.debug.answers import Answers
 from dataplane.debug.control import ControlServer
 from dataplane.errors import ConfigError, LodenError, StoreError
 from dataplane.following import Following, Surveyor
@@ -124,7 +123,7 @@ class Daemon:
         self._places = subnetfile.places(options.subnet_file, options.control_socket)
         self._store: LeaseStore | None = None
         self._keeper: LeaseKeeper | None = None
-        self._backend: Backend | None = None
+        self._answers = Answers(self._ready)
         self._following: Following | None = None
         self._rng = random.Random()
 
@@ -137,6 +136,7 @@ class Daemon:
             stack.push_async_callback(self._memory.close)
             self._store = await parts.open_store(self._options)
             stack.push_async_callback(self._store.close)
+            self._answers.store = self._store.name
             log.info("Created subnet manager: %s", self._store.name)
             claim, past = self._memory.claim(), self._memory.past(self._store.name)
             if past is not None:
@@ -154,7 +154,8 @@ class Daemon:
         from dataplane.kernel.netlink import Netlink
 
         async with contextlib.AsyncExitStack() as stack:
-            self._following, self._keeper, self._backend = None, None, None
+            self._following, self._keeper = None, None
+            self._answers.forget()
             if past is None:
                 text, network = await fetch_config(store, self._read_network, rng=self._rng)
                 self._memory.keep_network(store.name, text)
@@ -167,6 +168,7 @@ class Daemon:
             backend = self._backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
             keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
+            self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)
             if past is None:
                 lease = await keeper.acquire()
             else:
@@ -223,10 +225,14 @@ class Daemon:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         """Health and control answer from the first moment, also while the store is out of reach."""
-        if self._options.healthz_port:
-            health = await HealthServer.start(self._options.healthz_ip, self._options.healthz_port, self._ready)
+        ip, port, metrics_port = self._options.healthz_ip, self._options.healthz_port, self._options.metrics_port
+        measured = metrics_port or port
+        for each in sorted({port, measured} - {0}):
+            metrics = self._answers.metrics if each == measured else None
+            health = await HealthServer.start(ip, each, self._ready, metrics)
             stack.push_async_callback(health.close)
-        control = await ControlServer.start(Path(self._places.control_socket), {"status": self._status})
+        place, answers = Path(self._places.control_socket), self._answers
+        control = await ControlServer.start(place, answers.verbs, answers.streams)
         stack.push_async_callback(control.close)
 
     async def _make_keeper(
@@ -263,16 +269,3 @@ class Daemon:
         if keeper is None or following is None:
             return False
         return following.file_stands and keeper.synced and keeper.healthy
-
-    def _status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        document: dict[str, Any] = {
-            "version": __version__,
-            "pid": os.getpid(),
-            "ready": self._ready(),
-            "store": self._store.name if self._store else "",
-        }
-        if self._keeper is not None:
-            document |= status.lease_document(self._keeper)
-        if self._backend is not None:
-            document |= status.backend_document(self._backend.status())
-        return document

@@ -1,7 +1,7 @@
-"""Owns the two health pages of flanneld, /healthz and /readyz, on a small HTTP/1 server.
+"""Owns the two health pages of flanneld, /healthz and /readyz, and Prometheus' /metrics, on a small HTTP/1 server.
 
-Free of: what "ready" means (a callable answers it). Invariant: whatever a client sends or leaves unsent, it holds one
-connection for at most a few seconds and never reaches the daemon's other work.
+Free of: what "ready" means and what is measured (callables answer). Invariant: whatever a client sends or leaves
+unsent, it holds one connection for at most a few seconds and never reaches the daemon's other work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ READ_TIMEOUT = 5.0
 CLOSE_GRACE = 3.0
 """Seconds that open connections have at the end, as with flanneld."""
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format."""
+
 MAX_LINE = 4096
 MAX_HEADER_LINES = 64
 MAX_CONNECTIONS = 64
@@ -31,15 +34,19 @@ _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r?\n")
 class HealthServer:
     """Answers GET and HEAD with flanneld's status codes and texts (facts 1.7); every connection carries one request."""
 
-    def __init__(self, ready: Callable[[], bool]) -> None:
+    def __init__(self, ready: Callable[[], bool], metrics: Callable[[], str] | None) -> None:
         self._ready = ready
+        self._metrics = metrics
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @classmethod
-    async def start(cls, ip: str, port: int, ready: Callable[[], bool]) -> HealthServer:
-        """Listen at `ip`, or at any free port if `port` is 0. Raises KernelError that names the address."""
-        health = cls(ready)
+    async def start(
+        cls, ip: str, port: int, ready: Callable[[], bool], metrics: Callable[[], str] | None = None
+    ) -> HealthServer:
+        """Listen at `ip`, or at any free port if `port` is 0. `metrics` makes the page /metrics; without it there is
+        none. Raises KernelError that names the address."""
+        health = cls(ready, metrics)
         try:
             health._server = await asyncio.start_server(health._serve, ip, port, limit=MAX_LINE)
         except (OSError, ValueError) as error:
@@ -91,10 +98,13 @@ class HealthServer:
         method, target = request.groups()
         head = method == b"HEAD"
         page = target.partition(b"?")[0]
-        if page not in (b"/healthz", b"/readyz"):
+        pages = (b"/healthz", b"/readyz", *((b"/metrics",) if self._metrics else ()))
+        if page not in pages:
             return _response(HTTPStatus.NOT_FOUND, "404 page not found", head=head)
         if method not in (b"GET", b"HEAD"):
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, "use GET or HEAD")
+        if page == b"/metrics" and self._metrics is not None:
+            return _response(HTTPStatus.OK, self._metrics(), head=head, kind=METRICS_TYPE)
         if page == b"/healthz":
             return _response(HTTPStatus.OK, "flanneld is running", head=head)
         if self._ready():
@@ -119,11 +129,13 @@ async def _request(reader: asyncio.StreamReader) -> re.Match[bytes] | HTTPStatus
     return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 
 
-def _response(status: HTTPStatus, body: str, *, head: bool = False) -> bytes:
+def _response(
+    status: HTTPStatus, body: str, *, head: bool = False, kind: str = "text/plain; charset=utf-8"
+) -> bytes:
     allow = "Allow: GET, HEAD\r\n" if status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     return (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Content-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{'' if head else body}"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Content-Type: {kind}\r\n"
+        f"Content-Length: {len(body.encode())}\r\nConnection: close\r\n\r\n{'' if head else body}"
     ).encode()
 
 

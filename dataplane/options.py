@@ -89,6 +89,7 @@ class Options:
 
     lease_store: str = _flag("", "where leases live: sqlite:///absolute/path, or empty for etcd", group=OWN)
     control_socket: str = _flag("", "Unix socket for the loden command; empty: beside the subnet file", group=OWN)
+    metrics_port: int = _flag(0, "port for Prometheus' /metrics; 0: with the health pages", group=OWN)
     source_check: str = _flag(
         "node", "inner sources a peer may use: strict (its subnet), node (its own address too), off", group=OWN
     )
@@ -290,6 +291,8 @@ def check(options: Options) -> None:
         )
     if not 0 <= options.healthz_port <= 65535:
         raise ConfigError(f"invalid -healthz-port {options.healthz_port}: a port is 1 to 65535, and 0 switches it off")
+    if not 0 <= options.metrics_port <= 65535:
+        raise ConfigError(f"invalid -metrics-port {options.metrics_port}: a port is 1 to 65535, and 0 is no own one")
     if not options.subnet_file or options.subnet_file.endswith("/"):
         word = _quoted(options.subnet_file)
         raise ConfigError(f"invalid -subnet-file {word}: name a file, such as {DEFAULT_SUBNET_FILE}")

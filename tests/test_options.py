@@ -49,6 +49,7 @@ FLANNEL_FLAGS = {
 OWN_FLAGS = {
     "lease-store": "",
     "control-socket": "",
+    "metrics-port": 0,
     "source-check": "node",
     "vxlan-dataplane": "",
     "udp-segment": True,

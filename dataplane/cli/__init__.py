@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from dataplane.cli import bench, demo, lab, migrate, net_conf, systemd_unit, version
+from dataplane.cli import bench, capture, demo, explain, lab, migrate, net_conf, status, systemd_unit, version
 from dataplane.errors import LodenError
 
 
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lab_verbs = lab.add(verbs)
     demo.add(lab_verbs)
     bench.add(verbs)
+    status.add(verbs)
+    explain.add(verbs)
+    capture.add(verbs)
     net_conf.add(verbs)
     migrate.add(verbs)
     systemd_unit.add(verbs)

@@ -1,0 +1,150 @@
+"""Owns `loden status`: what a node knows of itself, as a page, as JSON, or as a table that lives.
+
+Free of: what the daemon tells (dataplane.debug.status). Invariant: an exit code of 0 means that the node is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from dataplane.cli import asking
+
+WATCH_SECONDS = 1.0
+CLEAR = "\x1b[H\x1b[J"
+
+_HINTS = {
+    "NO_ROUTE": "no lease covers the destination: loden explain ADDRESS",
+    "NOT_IP": "datagrams that hold no packet: loden capture drop NOT_IP",
+    "LENGTH": "packets longer than their datagram: loden capture drop LENGTH",
+    "UNKNOWN_PEER": "the sender holds no lease: see unknown sources",
+    "SPOOFED_SOURCE": "the inner source is not the sending node's: loden capture drop SPOOFED_SOURCE",
+    "SEND_FAILED": "the kernel refused datagrams: a firewall, or no way to the peer; loden explain ADDRESS",
+    "TUN_WRITE": "the kernel refused packets at the device",
+    "SUPERFRAME": "the kernel handed over what cannot be cut",
+    "PATH_MTU": "longer than the path to the peer takes; its sender was told",
+    "InCsumErrors": "datagrams with a broken checksum came; at the sender: ethtool -K DEVICE tx off",
+    "RcvbufErrors": "datagrams came faster than they were read; raise net.core.rmem_max",
+    "SndbufErrors": "datagrams were given faster than the wire took them; raise net.core.wmem_max",
+}
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "status", help="this node: lease, peers, rates, drops by reason", description="What this node's daemon knows."
+    )
+    parser.add_argument("--json", action="store_true", help="everything that the daemon tells")
+    parser.add_argument("--watch", action="store_true", help="once a second, with rates, until Ctrl-C")
+    asking.add_socket(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask and print. Raises LodenError."""
+    from dataplane.debug import control
+
+    path = asking.socket_path(arguments)
+    document = control.request(path, "status")
+    if arguments.watch:
+        _watch(path, document)
+    print(json.dumps(document, indent=2) if arguments.json else page(document))
+    return 0 if document["ready"] else 1
+
+
+def _watch(path: str, document: dict[str, Any]) -> None:
+    from dataplane.debug import control
+
+    clear = CLEAR if sys.stdout.isatty() else ""
+    at = time.monotonic()
+    while True:
+        time.sleep(WATCH_SECONDS)
+        later, now = control.request(path, "status"), time.monotonic()
+        print(f"{clear}{page(later, document, now - at)}\n", flush=True)
+        document, at = later, now
+
+
+def page(document: dict[str, Any], before: dict[str, Any] | None = None, seconds: float = 1.0) -> str:
+    """What a person reads; with rates where an earlier document is given, `seconds` older."""
+    lines = [*_node_lines(document), "", _peer_table(document, before, seconds)]
+    lines += _trouble_lines(document)
+    return "\n".join(lines)
+
+
+def _node_lines(document: dict[str, Any]) -> list[str]:
+    lease = document.get("lease")
+    state = "ready" if document["ready"] else "not ready"
+    kind = f"{document['backend']} through {document['device'] or 'no device'}" if "backend" in document else "none yet"
+    rows = [
+        ("daemon", f"{state}, pid {document['pid']}, Loden {document['version']}"),
+        ("store", document["store"] or "none yet"),
+        ("lease", f"{lease['subnet']} at {lease['public_ip']}{_lease_notes(lease)}" if lease else "none yet"),
+        ("backend", f"{kind}, MTU {document['mtu']}" if "mtu" in document else kind),
+    ]
+    if capabilities := document.get("capabilities"):
+        on = [word for word, state in capabilities.items() if state == "on"]
+        rows.append(("capabilities", ", ".join(on) or "none"))
+        rows += [("", f"{word} {state}") for word, state in capabilities.items() if state != "on"]
+    if document.get("store_error"):
+        rows.append(("trouble", f"the store cannot be reached: {document['store_error']}"))
+    return [f"{name:<14}{text}" for name, text in rows]
+
+
+def _lease_notes(lease: dict[str, Any]) -> str:
+    return (", reserved" if lease["reserved"] else "") + (", FENCED: another node holds it" if lease["fenced"] else "")
+
+
+def _peer_table(document: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> str:
+    from dataplane.lab.measure import table
+
+    peers = document.get("peers", [])
+    if not peers:
+        return "no peers"
+    earlier = {peer["subnet"]: peer for peer in before.get("peers", [])} if before else {}
+    if before is None:
+        header = ("peer", "public IP", "heard", "TX packets", "TX bytes", "RX packets", "RX bytes")
+    else:
+        header = ("peer", "public IP", "heard", "TX packets/s", "TX Mbit/s", "RX packets/s", "RX Mbit/s")
+    rows = []
+    for peer in sorted(peers, key=lambda peer: -(peer["tx_bytes"] + peer["rx_bytes"])):
+        counts = [peer[key] for key in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes")]
+        if before is not None:
+            counts = _rates(peer, earlier.get(peer["subnet"], peer), seconds)
+        rows.append((peer["subnet"], peer["public_ip"], _heard(peer["idle"]), *counts))
+    return table(header, rows)
+
+
+def _rates(peer: dict[str, Any], earlier: dict[str, Any], seconds: float) -> list[Any]:
+    found: list[Any] = []
+    for way in ("tx", "rx"):
+        packets = (peer[f"{way}_packets"] - earlier[f"{way}_packets"]) / seconds
+        bits = (peer[f"{way}_bytes"] - earlier[f"{way}_bytes"]) * 8 / seconds
+        found += [round(max(packets, 0)), f"{max(bits, 0) / 1e6:.1f}"]
+    return found
+
+
+def _heard(idle: float | None) -> str:
+    if idle is None:
+        return "never"
+    return "now" if idle < 2 else f"{idle:.0f} s ago" if idle < 120 else f"{idle / 60:.0f} min ago"
+
+
+def _trouble_lines(document: dict[str, Any]) -> list[str]:
+    """Whatever is not as it should be, each with what to do; nothing where all is well."""
+    lines = []
+    counts = {**document.get("drops", {}), **document.get("udp_errors", {})}
+    for name, count in counts.items():
+        if count:
+            lines.append(f"{name:<16}{count:>10}  {_HINTS.get(name, '')}".rstrip())
+    if lines:
+        lines.insert(0, "\nnot carried")
+    for address, count in document.get("unknown_sources", {}).items():
+        told = "no lease names it; if it is a node, its -public-ip is wrong"
+        lines.append(f"\nunknown source {address}, {count} datagrams: {told}")
+    for subnet, reason in document.get("ignored", {}).items():
+        lines.append(f"\nlease {subnet} is not carried: {reason}")
+    for key, reason in document.get("rejected", {}).items():
+        lines.append(f"\nlease {key} is not obeyed: {reason}")
+    return lines

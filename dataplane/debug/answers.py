@@ -1,0 +1,147 @@
+"""Owns what a daemon answers at its control socket: gathers status, explain and capture around the daemon's parts.
+
+Free of: the socket, and how a daemon starts. Invariant: every verb answers from the daemon's first moment, also before
+there is a store, a lease or a backend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from dataplane import __version__
+from dataplane.backend.base import Backend, Tappable, Underlay
+from dataplane.debug import explain, metrics, status
+from dataplane.debug.capture import Captures, Order, Place
+from dataplane.debug.control import Stream, Verb
+from dataplane.debug.verdict import Node
+from dataplane.errors import CaptureError, LodenError
+from dataplane.kernel import view
+from dataplane.lease.keeper import LeaseKeeper
+from dataplane.netconf import NetworkConfig
+
+READ_SECONDS = 5.0
+NOTHING_YET = "this node has no network yet: `loden status` and the daemon's log say what it waits for"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a daemon consists of once it has a network."""
+
+    keeper: LeaseKeeper
+    backend: Backend
+    facing: Callable[[], Underlay]
+    network: NetworkConfig
+    captures: Captures | None
+
+
+class Answers:
+    """`store` is its name, once there is one."""
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self.store = ""
+        self._ready = ready
+        self._parts: Parts | None = None
+
+    def know(
+        self, keeper: LeaseKeeper, backend: Backend, facing: Callable[[], Underlay], network: NetworkConfig
+    ) -> None:
+        """Answer of these parts from now on; `facing` says what faces the underlay at the time."""
+        tappable: object = backend
+        captures = Captures(tappable, self._place, self._peers) if isinstance(tappable, Tappable) else None
+        self._parts = Parts(keeper, backend, facing, network, captures)
+
+    def forget(self) -> None:
+        """The parts are closed."""
+        self._parts = None
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        return {"status": self.status, "explain": self.explain}
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        return {"capture": self.capture}
+
+    def status(self, _arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The status document; docs/operations.md lists its members."""
+        document: dict[str, Any] = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "ready": self._ready(),
+            "store": self.store,
+            "udp_errors": view.udp_errors(),
+        }
+        if self._parts is not None:
+            document |= status.lease_document(self._parts.keeper)
+            document |= status.backend_document(self._parts.backend.status())
+            document["captures"] = self._parts.captures.running if self._parts.captures else []
+        return document
+
+    def metrics(self) -> str:
+        """The page for Prometheus."""
+        return metrics.page(self.status())
+
+    async def explain(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The way from this node to `address`, and a verdict; `probe` false sends nothing. Raises LodenError."""
+        self._node()
+        try:
+            address = ip_address(str(arguments.get("address")))
+        except ValueError as error:
+            raise LodenError(f"{error}; use an IP address") from None
+        probing = bool(arguments.get("probe", True))
+        loop = asyncio.get_running_loop()
+
+        async def on_the_loop() -> Node:
+            return self._node()
+
+        def read() -> Node:
+            # on the loop's thread, where leases and tables are changed
+            return asyncio.run_coroutine_threadsafe(on_the_loop(), loop).result(READ_SECONDS)
+
+        account = await asyncio.to_thread(explain.explain, address, read, probing=probing)
+        return account.document()
+
+    async def capture(
+        self, arguments: dict[str, Any], client: socket.socket, begin: Callable[[], None], stop: asyncio.Event
+    ) -> None:
+        """Send a capture of this node to `client` until it ends. Raises CaptureError."""
+        order = Order.of(arguments)
+        if self._parts is None:
+            raise CaptureError(NOTHING_YET)
+        if self._parts.captures is None:
+            kind = self._parts.backend.status().type
+            raise CaptureError(f"backend {kind} carries its packets in the kernel, where no tap is")
+        await self._parts.captures.run(order, client, begin, stop)
+
+    def _node(self) -> Node:
+        parts = self._parts
+        if parts is None:
+            raise LodenError(NOTHING_YET)
+        keeper, network = parts.keeper, parts.network
+        return Node(
+            keeper.own,
+            keeper.fenced,
+            self.store,
+            keeper.store_error,
+            tuple(each for each in (network.network, network.ipv6_network) if each is not None),
+            dict(keeper.peers),
+            dict(keeper.rejected),
+            parts.facing(),
+            getattr(network.backend, "port", 0),
+            parts.backend.status(),
+        )
+
+    def _place(self) -> Place:
+        known = self.status()
+        lease = known.get("lease") or {}
+        node, subnet = lease.get("public_ip", "?"), lease.get("subnet", "none yet")
+        return Place(node, subnet, known["backend"], known["device"] or "?")
+
+    def _peers(self) -> list[str]:
+        return [peer["public_ip"] for peer in self.status().get("peers", [])]

@@ -1,0 +1,292 @@
+"""Owns looking at the way from this node to an address: what `loden explain` shows, step by step, and the probes.
+
+Free of judgement (dataplane.debug.verdict). Runs in a thread of its own: it waits for tools and for answers. Invariant:
+it changes nothing, and a tool that is missing only leaves its step out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+
+from dataplane.debug.verdict import (
+    SMALL,
+    Account,
+    Address,
+    Node,
+    Probes,
+    judge,
+    public_of,
+    status_of,
+    subnet_of,
+)
+from dataplane.kernel import probe, view
+from dataplane.kernel.probe import Echo
+from dataplane.kernel.view import Device, Way
+from dataplane.lease.model import Lease
+from dataplane.path.wire import UDP_OVERHEAD
+
+VXLAN_OVERHEAD = 50
+
+
+def explain(address: Address, read: Callable[[], Node], *, probing: bool) -> Account:
+    """Look at the whole way to an address, from a thread of its own. `read` gives the daemon's facts as of now."""
+    account, node = Account(address), read()
+    lease = _find_lease(account, node)
+    if lease is not None:
+        public = public_of(lease, address)
+        # of a node's own address, what is asked is the way to its subnet
+        address = address if any(address in each for each in lease.key.subnets) else subnet_of(lease, address)[0]
+        _look_at_node(account, node)
+        _look_at_device(account, node, address)
+        _look_at_underlay(account, node, public)
+        if node.status.type == "vxlan":
+            _look_at_vxlan(account, node, lease, address)
+        _look_at_rules(account, node, public)
+        _look_at_counters(account, node, lease)
+        if probing and node.own is not None:
+            account.probes = _probe(node, read, lease, address, public)
+    judge(account, node, lease)
+    return account
+
+
+# --- who holds it ---------------------------------------------------------------------------------------------
+
+
+def _find_lease(account: Account, node: Node) -> Lease | None:
+    """The peer's lease that covers the address; None where there is nothing beyond this node to look at."""
+    address = account.address
+    for key, lease in node.peers.items():
+        if address in (lease.attrs.public_ip, lease.attrs.public_ipv6):
+            account.say("address", f"{address} is the public IP of the node that leases {key}")
+            return _told(account, node, lease)
+        if any(address in subnet for subnet in lease.key.subnets):
+            account.say("address", f"{address} belongs to subnet {subnet_of(lease, address)}")
+            return _told(account, node, lease)
+    if node.own is not None and any(address in subnet for subnet in node.own.key.subnets):
+        account.say("address", f"{address} belongs to our own subnet {subnet_of(node.own, address)}")
+        way = view.way_to(address)
+        account.say("route", _way_text(way), _own_fault(way, node), f"ip route get {address}")
+        return None
+    if not any(address in network for network in node.networks):
+        networks = " or ".join(map(str, node.networks))
+        account.say(
+            "address",
+            f"{address} lies outside the overlay",
+            f"{address} is not an address of the overlay {networks}: packets to it leave by the node's own routes",
+            f"ip route get {address}",
+        )
+        return None
+    account.say("address", f"{address} lies in the overlay {next(n for n in node.networks if address in n)}")
+    account.say("lease", "no lease covers it", *_missing(account, node))
+    return None
+
+
+def _missing(account: Account, node: Node) -> tuple[str, str]:
+    """Why no lease covers an address of the overlay."""
+    address = account.address
+    for key, reason in node.rejected.items():
+        network, _, length = key.partition("&")[0].rpartition("-")
+        try:
+            if address in IPv4Network(f"{network}/{length}"):
+                return f"the lease {key} that covers {address} is not obeyed: {reason}", _listing(node)
+        except ValueError:
+            continue
+    trouble = f"; the store cannot be reached ({node.store_error}), so it may be new" if node.store_error else ""
+    return (
+        f"no lease covers {address}: no node has leased that subnet, or its lease has expired{trouble}",
+        _listing(node),
+    )
+
+
+def _listing(node: Node) -> str:
+    if not node.store.startswith("etcd"):
+        return "loden status   # lists all leases that this node knows"
+    return "ETCDCTL_API=3 etcdctl get --prefix --keys-only /coreos.com/network/subnets/"
+
+
+def _told(account: Account, node: Node, lease: Lease) -> Lease | None:
+    """Say who holds a lease; None where our backend does not carry it."""
+    kind = lease.attrs.backend_type or "udp"
+    text = f"{lease.key} is held by {public_of(lease, account.address)}, backend {kind}"
+    for subnet in lease.key.subnets:
+        if reason := node.status.ignored.get(subnet):
+            account.say("lease", text, f"packets for {subnet} are not carried: {reason}", "loden status")
+            return None
+    account.say("lease", text)
+    return lease
+
+
+def _own_fault(way: Way, node: Node) -> str | None:
+    if way.error:
+        return f"this node has no way to its own pod: {way.error}; is the pod's bridge there?"
+    if way.device == node.status.device:
+        return f"the route to our own subnet leads into {way.device}: the pods' bridge has lost its address"
+    return None
+
+
+# --- what lies on the way -------------------------------------------------------------------------------------
+
+
+def _look_at_node(account: Account, node: Node) -> None:
+    if node.own is None:
+        account.say("own lease", "none yet", "this node has no lease of its own yet", "loden status")
+        return
+    text = f"{node.own.key} at {node.own.attrs.public_ip}"
+    if node.fenced:
+        fault = f"another node has taken our lease {node.own.key}: answers to our pods go there"
+        account.say("own lease", text, fault, _listing(node))
+    else:
+        account.say("own lease", text)
+
+
+def _look_at_device(account: Account, node: Node, address: Address) -> None:
+    name, mtu = node.status.device, node.status.mtu
+    if not name:
+        account.say("device", "none: packets leave by the node's own routes")
+    else:
+        device = view.device(name)
+        account.say("device", _device_text(name, device), *_device_fault(device, name, mtu))
+    way = view.way_to(address)
+    fault = command = None
+    if way.error:
+        fault, command = f"there is no route to {address}: {way.error}", _route_command(node, address)
+    elif name and way.device != name and not _direct(node):
+        fault = f"the route to {address} leads to {way.device}, not into {name}"
+        command = _route_command(node, address)
+    account.say("route", _way_text(way), fault, command or "")
+
+
+def _direct(node: Node) -> bool:
+    return node.status.type in ("host-gw", "alloc")
+
+
+def _device_text(name: str, device: Device | None) -> str:
+    if device is None:
+        return f"{name} does not exist"
+    return f"{name}, MTU {device.mtu}, {'up' if device.up else 'down'}"
+
+
+def _device_fault(device: Device | None, name: str, mtu: int) -> tuple[str | None, str]:
+    if device is None:
+        return f"device {name} is gone", "journalctl -u flanneld   # the daemon makes it again"
+    if not device.up:
+        return f"device {name} is down", f"ip link set {name} up"
+    if device.mtu > mtu:
+        return f"device {name} has MTU {device.mtu}, more than the {mtu} that fit", f"ip link set {name} mtu {mtu}"
+    return None, ""
+
+
+def _route_command(node: Node, address: Address) -> str:
+    network = next((n for n in node.networks if address in n), None)
+    if node.status.type == "udp" and network is not None:
+        return f"ip route add {network} dev {node.status.device}"
+    return f"ip route get {address}   # then restart flanneld, which sets its routes"
+
+
+def _look_at_underlay(account: Account, node: Node, public: Address) -> None:
+    way = view.way_to(public)
+    if way.error:
+        account.say(
+            "underlay",
+            f"no way to {public}",
+            f"this node has no route to the peer's public IP {public}: {way.error}",
+            f"ip route get {public}",
+        )
+        return
+    device = view.device(way.device)
+    account.say("underlay", f"{public}: {_way_text(way)}", *_underlay_fault(node, way, device))
+    own = {str(node.facing.address)} if node.facing.address else set()
+    if own and not own & view.own_addresses():
+        fault = f"our address {node.facing.address}, which the socket uses, is no longer an address of this node"
+        account.say("own address", "gone", fault, "systemctl restart flanneld")
+    next_hop = IPv4Address(way.gateway) if way.gateway and ":" not in way.gateway else public
+    entry = view.neighbour(next_hop, way.device)
+    text = "not asked for yet" if entry is None else f"{entry[0] or 'no MAC'} {entry[1]}"
+    account.say("neighbour", f"{next_hop} on {way.device}: {text}")
+
+
+def _underlay_fault(node: Node, way: Way, device: Device | None) -> tuple[str | None, str]:
+    overhead = {"udp": UDP_OVERHEAD, "vxlan": VXLAN_OVERHEAD}.get(node.status.type, 0)
+    if device is None:
+        return f"device {way.device} is gone", "ip link"
+    if not device.up or not device.carrier:
+        state = "without carrier" if device.up else "down"
+        return f"underlay device {way.device} is {state}", f"ip link set {way.device} up"
+    if device.mtu < node.status.mtu + overhead:
+        text = f"{node.status.mtu} bytes and {overhead} of header do not fit {way.device}'s {device.mtu}"
+        wanted = node.status.mtu + overhead
+        return f"MTU too large: {text}", f"ip link set {way.device} mtu {wanted}   # or restart flanneld to follow it"
+    return None, ""
+
+
+def _look_at_vxlan(account: Account, node: Node, lease: Lease, address: Address) -> None:
+    """Neighbour and FDB entry of a kernel VTEP, beside what the lease says."""
+    data = lease.attrs.backend_data if address.version == 4 else lease.attrs.backend_v6_data
+    try:
+        mac = str(json.loads(data or b"{}").get("VtepMAC", "")).lower()
+    except (ValueError, AttributeError):
+        mac = ""
+    device, public = node.status.device, public_of(lease, address)
+    gateway = subnet_of(lease, address).network_address
+    entry = view.neighbour(gateway, device)
+    if entry is None and view.forwarding(device, mac) is None:
+        return  # our own path keeps neither in the kernel
+    known = entry[0].lower() if entry else ""
+    fault = None if known == mac else f"neighbour {gateway} has MAC {known or 'none'}, its lease says {mac}"
+    fix = f"ip neigh replace {gateway} lladdr {mac} dev {device} nud permanent"
+    account.say("neighbour", f"{gateway} on {device}: {known or 'no entry'}", fault, fix if fault else "")
+    where = view.forwarding(device, mac)
+    fault = None if where == str(public) else f"the FDB of {device} sends {mac} to {where or 'nobody'}, not to {public}"
+    fix = f"bridge fdb replace {mac} dev {device} dst {public} self permanent"
+    account.say("FDB", f"{mac} on {device}: {where or 'no entry'}", fault, fix if fault else "")
+
+
+def _look_at_rules(account: Account, node: Node, public: Address) -> None:
+    if view.forwards(public.version) is False:
+        fault = "this node forwards no packets between pods and overlay"
+        place = "ipv4.ip_forward" if public.version == 4 else "ipv6.conf.all.forwarding"
+        account.say("forwarding", "off", fault, f"sysctl -w net.{place}=1")
+    account.rules = view.blocking_rules(node.port, public)
+    if account.rules:
+        account.say("rules", "; ".join(account.rules))
+
+
+def _look_at_counters(account: Account, node: Node, lease: Lease) -> None:
+    peer = status_of(node, lease)
+    if peer is None:
+        return
+    heard = "never heard" if peer.idle is None else f"heard {peer.idle:.0f} s ago"
+    account.say("counters", f"TX {peer.tx_packets} packets, RX {peer.rx_packets} packets, {heard}")
+
+
+# --- probes ---------------------------------------------------------------------------------------------------
+
+
+def _probe(node: Node, read: Callable[[], Node], lease: Lease, address: Address, public: Address) -> Probes:
+    own = subnet_of(node.own, address).network_address if node.own else None
+    there = subnet_of(lease, address).network_address
+    before, errors = read(), view.udp_errors()
+    small, large, outer = probe.echo([Echo(there, SMALL, own), Echo(there, node.status.mtu, own), Echo(public, SMALL)])
+    poke = "not sent" if small.received or not node.port else probe.poke(public, node.port)
+    after, risen = read(), view.udp_errors()
+    one, two = status_of(before, lease), status_of(after, lease)
+    return Probes(
+        small,
+        large,
+        outer,
+        poke,
+        heard=two.rx_packets - one.rx_packets if one and two else 0,
+        drops={reason: n for reason, count in after.status.drops.items() if (n := count - before.status.drops[reason])},
+        strangers={
+            a: n for a, c in after.status.unknown_sources.items() if (n := c - before.status.unknown_sources.get(a, 0))
+        },
+        udp_errors={name: n for name, count in risen.items() if (n := count - errors.get(name, 0))},
+    )
+
+
+def _way_text(way: Way) -> str:
+    if way.error:
+        return way.error
+    return f"dev {way.device}{f' via {way.gateway}' if way.gateway else ''}{f' src {way.source}' if way.source else ''}"
