@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from dataplane.cli import bench, capture, demo, explain, lab, migrate, net_conf, status, systemd_unit, version
+from dataplane.cli import bench, capture, demo, explain, lab, migrate, net_conf, read, status, systemd_unit, version
 from dataplane.errors import LodenError
 
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status.add(verbs)
     explain.add(verbs)
     capture.add(verbs)
+    read.add(verbs)
     net_conf.add(verbs)
     migrate.add(verbs)
     systemd_unit.add(verbs)
