@@ -13,7 +13,20 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from dataplane.cli import bench, capture, demo, explain, lab, migrate, net_conf, read, status, systemd_unit, version
+from dataplane.cli import (
+    bench,
+    capture,
+    demo,
+    explain,
+    extcap,
+    lab,
+    migrate,
+    net_conf,
+    read,
+    status,
+    systemd_unit,
+    version,
+)
 from dataplane.errors import LodenError
 
 
@@ -30,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add(verbs)
     capture.add(verbs)
     read.add(verbs)
+    extcap.add(verbs)
     net_conf.add(verbs)
     migrate.add(verbs)
     systemd_unit.add(verbs)

@@ -1,0 +1,119 @@
+"""Owns what Wireshark asks a capture program (its extcap interface), and the dissectors that go with it.
+
+Wireshark starts every extcap program when it starts itself, so this file imports next to nothing; a capture becomes
+`loden capture` in place of this process. Free of packets. Invariant: every question is answered without a daemon.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+
+VERSION = "1.0"
+LAB_SOCKETS = "/run/loden/*/n*/subnet.env.sock"
+DEFAULT = "loden"
+RAW_IP = 101
+
+ARGUMENTS = (
+    ("--control-socket", "Control socket", "string", "of a daemon that is not at the default place", ()),
+    ("--direction", "Direction", "selector", "one direction only", ("both", "tx", "rx")),
+    ("--drops", "Drops only", "boolflag", "only packets that were not carried", ()),
+    ("--peer", "Peer", "string", "outer address of the other node", ()),
+    ("--subnet", "Subnet", "string", "inner addresses in this subnet", ()),
+    ("--pod", "Pod", "string", "inner address of a pod", ()),
+    ("--snaplen", "Bytes of each packet", "unsigned", "all, if left out", ()),
+)
+
+SCRIPT = """\
+#!{python} -IS
+# Made by `loden extcap install`. -S: what Wireshark asks at its start needs no packages, and is answered at once.
+import sys
+sys.path.insert(0, {root!r})
+from dataplane.extcap import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Answer one call of Wireshark; a capture does not return."""
+    given = parse(argv)
+    if "--extcap-interfaces" in given:
+        print_lines(interfaces())
+    elif "--extcap-dlts" in given:
+        print_lines([f"dlt {{number={RAW_IP}}}{{name=RAW}}{{display=Raw IP, inner and outer}}"])
+    elif "--extcap-config" in given:
+        print_lines(configuration())
+    elif "--capture" in given or "--extcap-capture-filter" in given:
+        capture(given)
+    else:
+        sys.stderr.write("this program is started by Wireshark; see `loden extcap --help`\n")
+        return 1
+    return 0
+
+
+def parse(argv: list[str]) -> dict[str, str]:
+    """Options and their values; Wireshark writes both `--name value` and `--name=value`."""
+    given: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        given[name] = value
+    return given
+
+
+def print_lines(lines: list[str]) -> None:
+    """All of the answer at once."""
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def interfaces() -> list[str]:
+    """This node's daemon, and those of labs on this machine."""
+    lines = [f"extcap {{version={VERSION}}}{{display=Loden}}"]
+    lines.append(f"interface {{value={DEFAULT}}}{{display=Loden overlay of this node}}")
+    for path in sorted(glob.glob(LAB_SOCKETS)):  # noqa: PTH207 - pathlib costs half of the time that there is
+        lab, node = path.split("/")[3:5]
+        lines.append(f"interface {{value={DEFAULT}-{lab}-{node}}}{{display=Loden lab {lab}, node {node}}}")
+    return lines
+
+
+def configuration() -> list[str]:
+    """The options of the capture dialogue."""
+    lines = []
+    for number, (call, display, kind, tip, values) in enumerate(ARGUMENTS):
+        lines.append(f"arg {{number={number}}}{{call={call}}}{{display={display}}}{{type={kind}}}{{tooltip={tip}}}")
+        for value in values:
+            default = "true" if value == values[0] else "false"
+            lines.append(f"value {{arg={number}}}{{value={value}}}{{display={value}}}{{default={default}}}")
+    return lines
+
+
+def capture(given: dict[str, str]) -> None:
+    """Become `loden capture`; without a place to write to, only check the filter."""
+    text = given.get("--extcap-capture-filter", "")
+    words = ["capture", "--quiet"]
+    words += ["-w", given["--fifo"]] if "--capture" in given else ["--check"]
+    words += [f"--control-socket={given.get('--control-socket') or socket_of(given.get('--extcap-interface', ''))}"]
+    words += [f"{name}={given[name]}" for name in ("--peer", "--subnet", "--pod") if given.get(name)]
+    words += ["-s", given["--snaplen"]] if given.get("--snaplen") else []
+    words += ["--drops"] if given.get("--drops", "false") != "false" or given.get("--drops") == "" else []
+    direction = given.get("--direction", "both")
+    words += [f"--{direction}"] if direction in ("tx", "rx") else []
+    words += ["--", text] if text else []
+    # without -S: the packages are needed now
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "dataplane.cli", *words])  # noqa: S606 - in place of ourselves
+
+
+def socket_of(interface: str) -> str:
+    """The control socket of an interface; empty for this node's own daemon."""
+    for path in glob.glob(LAB_SOCKETS):  # noqa: PTH207 - as above
+        lab, node = path.split("/")[3:5]
+        if interface == f"{DEFAULT}-{lab}-{node}":
+            return path
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
