@@ -98,6 +98,8 @@ class LeaseKeeper:
         self._wake = asyncio.Event()
         self._gate = LogGate()
         self._rejection_lines = LogBudget(20, seconds=3.0)
+        self._event_lines = LogBudget(200, seconds=0.1)
+        self._events_unsaid = 0
         self.store_error = ""
         """The trouble with the store at this moment, empty when there is none."""
         self.synced = False
@@ -306,11 +308,10 @@ class LeaseKeeper:
             if not rejection.again and self._rejection_lines.passes(self._clock()):
                 log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
         self.counters.events += len(update.events)
-        for line in texts.event_lines(update.events):
-            log.info("%s", line)
         # the first snapshot is told also where it has no peers: what the kernel holds for some is left over
         if update.events or not self.synced:
             await self._on_events(update.events)
+        self._say_events(update.events)
 
     async def _upkeep(self, own: Ownership) -> None:
         """Write our lease when that is due; look at all leases when a grace ends, or some time after a break."""
@@ -404,6 +405,17 @@ class LeaseKeeper:
         self.store_error = str(error)
         if self._gate.passes(str(error), self._clock()):
             log.warning("%s: %s", what, error)
+
+    def _say_events(self, events: Sequence[LeaseEvent]) -> None:
+        """A line for each, in flannel's words; in a storm of them a few lines a second, and how many were left out."""
+        for line in texts.event_lines(events):
+            if not self._event_lines.passes(self._clock()):
+                self._events_unsaid += 1
+                continue
+            if self._events_unsaid:
+                log.info("%d lines about other subnets were left out", self._events_unsaid)
+                self._events_unsaid = 0
+            log.info("%s", line)
 
     def _say_postponed(self, error: StoreError, *, renewal: bool) -> None:
         if renewal:

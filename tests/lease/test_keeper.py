@@ -384,6 +384,23 @@ async def test_a_lost_peer_goes_also_while_our_own_write_fails(store: SimulatedS
         assert node.said() == [("removed", "10.5.200.0-24")]
 
 
+async def test_a_storm_of_small_batches_is_a_few_lines_too(
+    store: SimulatedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
+    async with living(store, node):
+        for turn in range(2000):
+            store.put("10.5.2.0-24", value(f"192.0.2.{turn % 2 + 10}"), DAY)
+            await store.clock.advance(0.001)
+        assert node.keeper.counters.events == 2000
+        assert caplog.text.count("Subnet changed: 10.5.2.0/24") < 230
+        await store.clock.advance(1)
+        store.put("10.5.2.0-24", value("192.0.2.12"), DAY)
+        await settle()
+        assert caplog.text.count("Subnet changed: 10.5.2.0/24 via 192.0.2.12") == 1
+        assert "lines about other subnets were left out" in caplog.text
+
+
 async def test_a_watch_that_breaks_resumes_and_misses_nothing(store: SimulatedStore) -> None:
     node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
     async with living(store, node):

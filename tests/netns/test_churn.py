@@ -27,7 +27,7 @@ RATE = int(os.environ.get("LODEN_SCALE_RATE", "500"))
 OWNERS = [f"198.18.250.{number}" for number in (1, 2, 3, 4)]
 WATCHED = 40
 """So many of the subnets get packets. They begin at 10.65.0.0/24; the node's own is among the first of 10.64.0.0/10."""
-PROMISE, BOUND = 0.05, 3.0
+PROMISE, BOUND = 0.05, 10.0
 
 WRITER = """
 import asyncio, json, sys, time
