@@ -21,6 +21,7 @@ class TapSet:
         *,
         local: bytes,
         port: int,
+        peers_port: int,
         ports: tuple[int, ...],
         ttl: int,
         dont_fragment: bool,

@@ -121,7 +121,7 @@ def _told(account: Account, node: Node, lease: Lease) -> Lease | None:
 def _own_fault(way: Way, node: Node) -> str | None:
     if way.error:
         return f"this node has no way to its own pod: {way.error}; is the pod's bridge there?"
-    if way.device == node.status.device:
+    if way.device in node.status.device.split():
         return f"the route to our own subnet leads into {way.device}: the pods' bridge has lost its address"
     return None
 
@@ -142,7 +142,7 @@ def _look_at_node(account: Account, node: Node) -> None:
 
 
 def _look_at_device(account: Account, node: Node, address: Address) -> None:
-    name, mtu = node.status.device, node.status.mtu
+    name, mtu = device_of(node, address), node.status.mtu
     if not name:
         account.say("device", "none: packets leave by the node's own routes")
     else:
@@ -156,6 +156,12 @@ def _look_at_device(account: Account, node: Node, address: Address) -> None:
         fault = f"the route to {address} leads to {way.device}, not into {name}"
         command = _route_command(node, address)
     account.say("route", _way_text(way), fault, command or "")
+
+
+def device_of(node: Node, address: Address) -> str:
+    """Of VXLAN with both IP versions, each has a device of its own; empty where there is none."""
+    names = node.status.device.split()
+    return next((name for name in names if ("-v6" in name) is (address.version == 6)), names[0] if names else "")
 
 
 def _direct(node: Node) -> bool:
@@ -181,7 +187,7 @@ def _device_fault(device: Device | None, name: str, mtu: int) -> tuple[str | Non
 def _route_command(node: Node, address: Address) -> str:
     network = next((n for n in node.networks if address in n), None)
     if node.status.type == "udp" and network is not None:
-        return f"ip route add {network} dev {node.status.device}"
+        return f"ip route add {network} dev {device_of(node, address)}"
     return f"ip route get {address}   # then restart flanneld, which sets its routes"
 
 
@@ -228,7 +234,7 @@ def _look_at_vxlan(account: Account, node: Node, lease: Lease, address: Address)
         mac = str(json.loads(data or b"{}").get("VtepMAC", "")).lower()
     except (ValueError, AttributeError):
         mac = ""
-    device, public = node.status.device, public_of(lease, address)
+    device, public = device_of(node, address), public_of(lease, address)
     gateway = subnet_of(lease, address).network_address
     entry = view.neighbour(gateway, device)
     if entry is None and view.forwarding(device, mac) is None:

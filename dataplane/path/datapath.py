@@ -305,6 +305,7 @@ class Datapath:
             taps,
             local=ip_address(names[0][0]).packed,
             port=port,
+            peers_port=self._outer.port,
             ports=tuple(name[1] for name in names),
             ttl=ttl,
             dont_fragment=whole,

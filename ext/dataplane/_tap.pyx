@@ -223,16 +223,16 @@ cdef class Tap:
 cdef class TapSet:
     """Taps that are armed together, and what their pumps' outer headers have in common; never changes."""
 
-    def __cinit__(self, taps, *, bytes local not None, uint16_t port, tuple ports not None, uint8_t ttl,
-                  bint dont_fragment, uint32_t vni=NO_VNI, uint8_t skip=0, uint8_t path=0):
-        """`local`: our outer address, packed. `port`: where we and peers listen; `ports`: by which datagrams leave, by
-        number of the sender. `ttl`, `dont_fragment`: of what we send. `skip`: bytes of a datagram before its inner
-        packet. `path`: number of the engine among those that the taps are armed in. Raises ValueError where there are
-        more than TAPS."""
+    def __cinit__(self, taps, *, bytes local not None, uint16_t port, uint16_t peers_port, tuple ports not None,
+                  uint8_t ttl, bint dont_fragment, uint32_t vni=NO_VNI, uint8_t skip=0, uint8_t path=0):
+        """`local`: our outer address, packed. `port`, `peers_port`: where we and peers listen; `ports`: by which
+        datagrams leave, by number of the sender. `ttl`, `dont_fragment`: of what we send. `skip`: bytes of a datagram
+        before its inner packet. `path`: number of the engine among those that the taps are armed in. Raises ValueError
+        where there are more than TAPS."""
         cdef tap_record* about = &self.armed.about
         about.outer = 4 if len(local) == 4 else 6
         memcpy(about.local, <const char*>local, len(local))
-        about.remote_port = port
+        about.remote_port = peers_port
         about.path = path
         about.ttl = ttl
         about.dont_fragment = dont_fragment

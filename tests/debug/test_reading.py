@@ -16,6 +16,7 @@ from scapy.packet import Raw
 
 from dataplane.cli import main
 from dataplane.debug import layers, pcapng, reading
+from dataplane.debug.dissect import FlowKey
 from dataplane.debug.reading import Flow, Pair
 
 NS = 1_700_000_000_000_000_000
@@ -55,7 +56,7 @@ class File:
         return list(reading.pairs(pcapng.Reader(io.BytesIO(self.data), "x")))
 
 
-def only(flows: dict[reading.FlowKey, Flow]) -> Flow:
+def only(flows: dict[FlowKey, Flow]) -> Flow:
     (flow,) = flows.values()
     return flow
 

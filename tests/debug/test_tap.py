@@ -11,13 +11,15 @@ from ipaddress import IPv4Address, IPv4Network, ip_address
 
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
 
 from dataplane.debug import expression, pcapng
 from dataplane.debug.pcapng import INBOUND, OUTBOUND, Packet
 from dataplane.errors import DropReason
 from dataplane.path import superframe
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import SourceCheck, Tap
+from dataplane.path.datapath import Datapath, Outer, SourceCheck, Tap, Vxlan
 from tests.path.test_datapath import LOCAL, PEER, THEIRS, Rig, packet, tcp_superframe
 
 REASONS = tuple(reason.name.encode() for reason in DropReason)
@@ -219,6 +221,90 @@ async def test_a_refused_run_is_shown_datagram_by_datagram() -> None:
     assert [rig.peer.recv(70000) for _ in sent] == sent
     await asyncio.sleep(0.05)
     assert [each.data for each in drain(tap) if each.interface.name == "overlay"][-10:] == sent
+    await rig.close()
+
+
+MAC, THEIR_MAC = bytes.fromhex("021122334455"), bytes.fromhex("02aabbccddee")
+
+
+def vxlan(vni: int) -> bytes:
+    """RFC 7348 section 5: the flag, reserved bits, the VNI, reserved bits. Scapy's sets one that is reserved."""
+    return bytes((8, 0, 0, 0)) + (vni << 8).to_bytes(4)
+
+
+class WideRig:
+    """One datapath of VXLAN over IPv4, or of udp mode's wire over IPv6; the peer is one socket."""
+
+    def __init__(self, family: int, here: str, there: str, wire: Vxlan | None) -> None:
+        self.pods, self._tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._tun.setblocking(False)
+        self.receiver, self.sender, self.peer = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(3))
+        for each, address in ((self.receiver, here), (self.sender, here), (self.peer, there)):
+            each.bind((address, 0))
+        self.peer.settimeout(5)
+        self.pods.settimeout(5)
+        self.receiver.setblocking(False)
+        port = self.peer.getsockname()[1]
+        self.path = Datapath(
+            self._tun.fileno(),
+            Outer(self.receiver.fileno(), port, (self.sender.fileno(),)),
+            mtu=1400,
+            source_check=SourceCheck.NODE,
+            vxlan=wire,
+            on_event=print,
+        )
+        self.path.set_route(THEIRS, ip_address(there), THEIR_MAC)
+        self.path.start()
+
+    async def close(self) -> None:
+        await self.path.stop()
+        for end in (self.pods, self._tun, self.receiver, self.sender, self.peer):
+            end.close()
+
+
+async def test_vxlan_shows_the_frame_its_vni_and_its_source_port() -> None:
+    rig = WideRig(socket.AF_INET, str(LOCAL), str(PEER), Vxlan(5, MAC, 4))
+    tap = make_tap("vni 5")
+    await rig.path.arm([tap])
+    there, back = packet("10.5.1.2", "10.5.2.9"), packet("10.5.2.9", "10.5.1.2")
+    rig.pods.send(bytes(10) + there)
+    datagram, _ = rig.peer.recvfrom(2000)
+    frame = bytes(Ether(src=THEIR_MAC.hex(":"), dst=MAC.hex(":")) / IP(back))
+    rig.peer.sendto(vxlan(5) + frame, rig.receiver.getsockname())
+    assert rig.pods.recv(2000)[10:] == back
+    rig.peer.sendto(vxlan(6) + frame, rig.receiver.getsockname())
+    await matched(tap, 2)
+    await asyncio.sleep(0.1)
+    tx_inner, tx_outer, rx_outer, rx_inner = drain(tap)
+    assert (tx_inner.data, rx_inner.data) == (there, back)
+    assert tx_inner.comment == "peer=127.0.0.2 lease=10.5.2.0/24 dir=tx vni=5"
+    sent = IP(tx_outer.data)
+    assert bytes(sent[UDP].payload) == datagram
+    assert sent[UDP].sport == rig.sender.getsockname()[1]
+    assert sent[UDP].dport == rig.peer.getsockname()[1]
+    assert bytes(IP(rx_outer.data)[UDP].payload) == vxlan(5) + frame
+    other = make_tap("drop foreign_vni")
+    await rig.path.arm([other])
+    rig.peer.sendto(vxlan(6) + frame, rig.receiver.getsockname())
+    await matched(other, 1)
+    assert {each.comment for each in drain(other)} == {"peer=127.0.0.2 lease=10.5.2.0/24 dir=rx vni=6 drop=FOREIGN_VNI"}
+    await rig.close()
+
+
+async def test_an_outer_header_of_ipv6_has_a_right_checksum() -> None:
+    rig = WideRig(socket.AF_INET6, "::1", "::1", None)
+    tap = make_tap(snaplen=60)
+    await rig.path.arm([tap], 1)
+    for size in range(5):
+        rig.pods.send(bytes(10) + packet("10.5.1.2", "10.5.2.9", bytes([size]) * size))
+        rig.peer.recv(2000)
+    await matched(tap, 5)
+    for number, outer_packet in enumerate(drain(tap)[1::2]):
+        payload = packet("10.5.1.2", "10.5.2.9", bytes([number]) * number)
+        ports = {"sport": rig.sender.getsockname()[1], "dport": rig.peer.getsockname()[1]}
+        wanted = bytes(IPv6(src="::1", dst="::1", hlim=64) / UDP(**ports) / payload)
+        assert outer_packet.data == wanted[:60]
+        assert outer_packet.length == len(wanted)
     await rig.close()
 
 
