@@ -93,7 +93,7 @@ def test_a_bad_net_conf_is_shown_and_not_written(
         ["net-conf", "set", "/nowhere/net-conf.json", "--lease-store=sqlite:///tmp/x.db"],
         ["net-conf", "set", "/dev/null", "--lease-store=mysql://x"],
         ["lab", "ping", "--name=never-was"],
-        ["lab", "up", "--backend=vxlan"],
+        ["lab", "up", "--backend=ipsec"],
         ["lab", "up", "--name=NO"],
         ["lab", "exec", "n1", "--"],
     ],

@@ -52,6 +52,7 @@ class Rig:
         self._udp.setblocking(False)
         self._icmp = icmp or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.peer = self.node(PEER)
+        self.peer.setsockopt(socket.SOL_SOCKET, underlay.SO_RCVBUFFORCE, 8 << 20)  # whoever reads it may be starved
         self.events: list[PathEvent] = []
         self.path = Datapath(
             self._tun.fileno(),
