@@ -54,6 +54,7 @@ def _add_up(verbs: Verbs) -> None:
         "--dataplane", default="", metavar="D[,D...]", help="vxlan: kernel, userspace or auto; for all or for each node"
     )
     parser.add_argument("--direct-routing", action="store_true", help="no encapsulation where a route does it")
+    parser.add_argument("--families", default="4", metavar="4|6|46", help="IP versions of underlay and pods (4)")
     parser.add_argument("--store", default="sqlite", help="where leases live: sqlite (default) or etcd")
     parser.add_argument("--underlay-mtu", type=int, default=1500, metavar="M", help="MTU of the wire (1500)")
     parser.add_argument("--network", default="10.244.0.0/16", metavar="CIDR", help="of all pods (10.244.0.0/16)")
@@ -81,6 +82,7 @@ def _up(arguments: argparse.Namespace) -> int:
         pods=arguments.pods,
         dataplane=arguments.dataplane,
         direct_routing=arguments.direct_routing,
+        families=arguments.families,
     )
     lab = Lab.create(arguments.name, arguments.nodes, settings, Progress())
     print(status_table(lab))
@@ -94,8 +96,8 @@ def _ping(arguments: argparse.Namespace) -> int:
     from dataplane.lab.measure import table
 
     results = Lab.open(arguments.name).ping_all(arguments.count)
-    rows = [(p.source, p.target, "-" if p.p50 is None else f"{p.p50:.3f}", f"{p.loss:.0%}") for p in results]
-    print(table(("from", "to", "RTT p50 ms", "loss"), rows))
+    rows = [(p.source, p.target, p.address, "-" if p.p50 is None else f"{p.p50:.3f}", f"{p.loss:.0%}") for p in results]
+    print(table(("from", "to", "address", "RTT p50 ms", "loss"), rows))
     return 0 if all(pair.whole for pair in results) else 1
 
 
@@ -123,18 +125,25 @@ def _status_row(node: Node) -> tuple[object, ...]:
 
     status: dict[str, Any] | None = node.status()
     if status is None:
-        return node.name, "-", node.address.ip, "no answer" if node.pids else "no daemon", "-", "-", "-", "-"
+        addresses = _both(*(address.ip for address in node.addresses))
+        return node.name, "-", addresses, "no answer" if node.pids else "no daemon", "-", "-", "-", "-"
     lease, peers = status.get("lease") or {}, status.get("peers", [])
     return (
         node.name,
-        lease.get("subnet", "-"),
-        lease.get("public_ip", node.address.ip),
+        _both(lease.get("subnet"), lease.get("subnet_v6")) or "-",
+        _both(lease.get("subnet") and lease["public_ip"], lease.get("subnet_v6") and lease["public_ipv6"])
+        or _both(*(address.ip for address in node.addresses)),
         "ready" if status["ready"] else "not ready",
         len(peers),
         _total(peers, "tx_packets"),
         _total(peers, "rx_packets"),
         drops_text(status.get("drops", {})),
     )
+
+
+def _both(*values: object) -> str:
+    """What there is of either IP version."""
+    return " ".join(str(value) for value in values if value is not None)
 
 
 def _total(peers: list[dict[str, Any]], counter: str) -> object:

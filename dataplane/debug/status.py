@@ -9,6 +9,7 @@ from typing import Any
 
 from dataplane.backend.base import BackendStatus, PeerStatus
 from dataplane.lease.keeper import LeaseKeeper
+from dataplane.lease.model import NO_IPV4
 
 
 def lease_document(keeper: LeaseKeeper) -> dict[str, Any]:
@@ -18,14 +19,20 @@ def lease_document(keeper: LeaseKeeper) -> dict[str, Any]:
         "lease": None
         if own is None
         else {
-            "subnet": str(own.key.subnet),
+            "subnet": None if own.key.subnet == NO_IPV4 else str(own.key.subnet),
             "public_ip": str(own.attrs.public_ip),
+            "subnet_v6": _text(own.key.subnet_v6),
+            "public_ipv6": _text(own.attrs.public_ipv6),
             "reserved": own.reserved,
             "fenced": keeper.fenced,
         },
         "store_error": keeper.store_error,
         "rejected": dict(keeper.rejected),
     }
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def backend_document(status: BackendStatus) -> dict[str, Any]:

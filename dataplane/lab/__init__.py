@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from ipaddress import IPv4Interface
 from pathlib import Path
+from typing import Any
 
 from dataplane.errors import ConfigError, LodenError
 from dataplane.lab import measure, members, netns, plan
@@ -56,6 +57,7 @@ class Lab:
         lab = cls(name, settings or Settings(), progress)
         if not 1 <= nodes <= plan.MAX_NODES:
             raise ConfigError(f"a lab has 1 to {plan.MAX_NODES} nodes, not {nodes}")
+        lab.settings.check_count(nodes)
         check_machine(lab.settings.store)
         if lab.directory.exists() or lab.namespaces():
             raise LabError(f"a lab {name!r} is there already: `loden lab down --name={name}`, or take another --name")
@@ -139,13 +141,18 @@ class Lab:
     def store_flags(self) -> list[str]:
         """The flags by which flanneld and loden reach this lab's store, from inside its namespaces."""
         if self.settings.store == "etcd":
-            return [f"-etcd-endpoints=http://{plan.SWITCH_ADDRESS.ip}:2379"]
+            return [f"-etcd-endpoints={self._etcd_url(2379)}"]
         return [f"-lease-store=sqlite://{self.directory}/leases.db"]
 
-    def address_of(self, pod: str) -> str:
-        """Overlay address of a pod, `n1-p1`."""
+    def _etcd_url(self, port: int) -> str:
+        """By the IP version that every node of this lab has."""
+        v4 = 4 in self.settings.versions
+        return f"http://{plan.SWITCH_ADDRESS.ip}:{port}" if v4 else f"http://[{plan.SWITCH_ADDRESS_V6.ip}]:{port}"
+
+    def address_of(self, pod: str, version: int = 0) -> str:
+        """Overlay address of a pod, `n1-p1`: of that IP version, or of the first that the lab has."""
         node, _, number = pod.partition("-p")
-        return str(self.node(node).pod_network().pod_address(int(number)))
+        return str(self.node(node).pod_network().pod_address(int(number), version))
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -164,8 +171,14 @@ class Lab:
             self.save()
             switch = self.namespace("switch")
             netns.add([switch])
-            netns.set_sysctls(switch, plan.SWITCH_SYSCTLS)
+            netns.set_sysctls(switch, [*plan.SWITCH_SYSCTLS, *self._ipv6_sysctls])
             netns.configure(switch, plan.switch_links(mtu))
+            if 6 in self.settings.versions:
+                netns.configure(switch, plan.switch_links_v6())
+
+    @property
+    def _ipv6_sysctls(self) -> tuple[str, ...]:
+        return plan.SPEAKING_IPV6 if 6 in self.settings.versions else plan.QUIET_IPV6
 
     def _start_store(self) -> None:
         with self._step(f"store: {self.settings.store}, network {self.settings.network}"):
@@ -175,7 +188,7 @@ class Lab:
             self.run("switch", set_conf, stdin=self.settings.net_conf())
 
     def _start_etcd(self) -> None:
-        url, peer_url = (f"http://{plan.SWITCH_ADDRESS.ip}:{port}" for port in (2379, 2380))
+        url, peer_url = self._etcd_url(2379), self._etcd_url(2380)
         log = self.directory / "etcd.log"
         argv = [
             *("etcd", "--name=lab", f"--data-dir={self.directory}/etcd", "--logger=zap", "--log-level=warn"),
@@ -192,24 +205,25 @@ class Lab:
 
     def etcdctl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run Debian's etcdctl against this lab's etcd."""
-        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints=http://{plan.SWITCH_ADDRESS.ip}:2379", *arguments]
+        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={self._etcd_url(2379)}", *arguments]
         return self.run("switch", argv, stdin=stdin, check=check)
 
     def add_node(self, *, start: bool = True) -> Node:
         """A further machine with its cable and unconnected pods; its daemon is started, not waited for."""
         number = max((node.number for node in self.nodes.values()), default=0) + 1
         node = Node(self, number, plan.node_address(number))
-        with self._step(f"node {node.name}: {node.address} and {self.settings.pods} pod(s)"):
+        with self._step(f"node {node.name}: {' and '.join(map(str, node.addresses))} and {self.settings.pods} pod(s)"):
             node.directory.mkdir(mode=0o755)
             self.nodes[node.name] = node
             self.save()
             netns.add([self.namespace(member) for member in (node.name, *node.pods)])
-            netns.set_sysctls(self.namespace(node.name), plan.NODE_SYSCTLS)
+            routing = plan.ROUTING_IPV6 if 6 in self.settings.versions else ()
+            netns.set_sysctls(self.namespace(node.name), [*plan.NODE_SYSCTLS, *self._ipv6_sysctls, *routing])
             for pod in node.pods:
-                netns.set_sysctls(self.namespace(pod), plan.QUIET_IPV6)
+                netns.set_sysctls(self.namespace(pod), self._ipv6_sysctls)
             port = plan.switch_port(self.name, node.name, self.settings.underlay_mtu)
             netns.configure(self.namespace("switch"), port)
-            netns.configure(self.namespace(node.name), plan.node_links(node.address))
+            netns.configure(self.namespace(node.name), plan.node_links(*node.addresses))
             if start:
                 node.start_daemon()
         return node
@@ -249,10 +263,10 @@ class Lab:
 
     def _unknown(self) -> tuple[Node, str] | None:
         statuses = {node: status for node in self.nodes.values() if (status := node.status()) and status.get("lease")}
-        held = {(status["lease"]["subnet"], status["lease"]["public_ip"]) for status in statuses.values()}
+        owned = {node: _owned(status["lease"], status["backend"]) for node, status in statuses.items()}
+        held = set().union(*owned.values())
         for node, status in statuses.items():
-            known = {(peer["subnet"], peer["public_ip"]) for peer in status["peers"]}
-            known.add((status["lease"]["subnet"], status["lease"]["public_ip"]))
+            known = {(peer["subnet"], peer["public_ip"]) for peer in status["peers"]} | owned[node]
             if held - known:
                 return node, min(held - known)[0]
         return None
@@ -293,21 +307,35 @@ class Lab:
             raise LabError(f"lab {self.name} has no node or pod {member!r}; it has {there}")
         return netns.within(self.namespace(member), argv)
 
-    def ping(self, source: str, target: str, count: int = 20) -> RoundTrips:
-        """Ping from pod to pod; all is lost where the target's node has no subnet yet."""
+    def ping(self, source: str, target: str, count: int = 20, *, version: int = 0) -> RoundTrips:
+        """Ping from pod to pod (`version`: see `address_of`); all is lost where the target's node has no subnet yet."""
         if not self.node(target.partition("-p")[0]).subnet_file.exists():
             return RoundTrips(source, target, 0, 0, None)
-        argv = ["ping", "-n", "-c", str(count), "-i", "0.02", "-W", "1", self.address_of(target)]
-        return RoundTrips.parse(source, target, self.run(source, argv, check=False).stdout)
+        address = self.address_of(target, version)
+        argv = ["ping", "-n", "-c", str(count), "-i", "0.02", "-W", "1", address]
+        return RoundTrips.parse(source, target, self.run(source, argv, check=False).stdout, address)
 
     def ping_all(self, count: int = 20) -> list[RoundTrips]:
-        """Every pod to every other, both directions, a few pairs at a time."""
-        pairs = [(source, target) for source in self.pods for target in self.pods if source != target]
+        """Every pod to every other, both directions, by every IP version, a few pairs at a time."""
+        pairs = [
+            (source, target, version)
+            for version in self.settings.versions
+            for source in self.pods
+            for target in self.pods
+            if source != target
+        ]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(lambda pair: self.ping(pair[0], pair[1], count), pairs))
+            return list(pool.map(lambda pair: self.ping(pair[0], pair[1], count, version=pair[2]), pairs))
 
     def traffic(
-        self, kind: str, source: str, target: str, *flags: str
+        self, kind: str, source: str, target: str, *flags: str, version: int = 0
     ) -> AbstractContextManager[subprocess.Popen[str]]:
-        """A checked `tcp` or `udp` run from pod to pod, started; its result is `measure.verdict`."""
-        return measure.traffic(self.open_process, kind, source, target, self.address_of(target), flags)
+        """A checked `tcp` or `udp` run from pod to pod, or a `beat`, started; its result is `measure.verdict`."""
+        return measure.traffic(self.open_process, kind, source, target, self.address_of(target, version), flags)
+
+
+def _owned(lease: dict[str, Any], backend: str) -> set[tuple[str, str]]:
+    """Which subnets a lease holds, each with the outer address that carries it."""
+    outer_v6 = lease["public_ip"] if backend == "udp" else lease["public_ipv6"]
+    pairs = {(lease["subnet"], lease["public_ip"]), (lease["subnet_v6"], outer_v6)}
+    return {(subnet, outer) for subnet, outer in pairs if subnet is not None}

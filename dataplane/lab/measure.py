@@ -19,6 +19,7 @@ from typing import Any
 from dataplane.errors import LodenError
 
 _TRAFFIC = (sys.executable, "-P", "-m", "dataplane.lab.traffic")
+_BEAT = (sys.executable, "-P", "-m", "dataplane.lab.beat")
 
 _COUNTS = re.compile(r"(\d+) packets transmitted, (\d+) received")
 _TIME = re.compile(r"time=([\d.]+) ms(?!.*DUP)")
@@ -33,6 +34,7 @@ class RoundTrips:
     sent: int
     received: int
     p50: float | None
+    address: str = ""
 
     @property
     def loss(self) -> float:
@@ -45,12 +47,12 @@ class RoundTrips:
         return 0 < self.sent == self.received
 
     @classmethod
-    def parse(cls, source: str, target: str, text: str) -> RoundTrips:
+    def parse(cls, source: str, target: str, text: str, address: str = "") -> RoundTrips:
         """Read what iputils' `ping` prints; anything else counts as nothing sent and nothing answered."""
         counts = _COUNTS.search(text)
         sent, received = (int(counts[1]), int(counts[2])) if counts else (0, 0)
         times = [float(time) for time in _TIME.findall(text)]
-        return cls(source, target, sent, received, statistics.median(times) if times else None)
+        return cls(source, target, sent, received, statistics.median(times) if times else None, address)
 
 
 @contextmanager
@@ -62,13 +64,14 @@ def traffic(
     address: str,
     flags: Sequence[str],
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start the sink of `kind` (`tcp`, `udp`) in pod `target`, then the source in pod `source`; both end with the
-    block."""
-    with start(target, [*_TRAFFIC, f"{kind}-sink"]) as sink:
+    """Start the sink of `kind` (`tcp`, `udp`, `beat`) in pod `target`, then the source in pod `source`; both end with
+    the block."""
+    program = _BEAT if kind == "beat" else _TRAFFIC
+    with start(target, [*program, f"{kind}-sink", address]) as sink:
         try:
             if sink.stdout is None or sink.stdout.readline() != "ready\n":
                 raise LodenError(f"{target}: the {kind} sink does not start")
-            with start(source, [*_TRAFFIC, f"{kind}-source", address, *flags]) as run:
+            with start(source, [*program, f"{kind}-source", address, *flags]) as run:
                 try:
                     yield run
                 finally:

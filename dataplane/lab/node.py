@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,12 @@ class Node:
     @property
     def name(self) -> str:
         return f"n{self.number}"
+
+    @property
+    def addresses(self) -> list[IPv4Interface | IPv6Interface]:
+        """Of the underlay, by the IP versions of the lab."""
+        both: dict[int, IPv4Interface | IPv6Interface] = {4: self.address, 6: plan.node_address_v6(self.number)}
+        return [both[version] for version in self.lab.settings.versions]
 
     @property
     def directory(self) -> Path:

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 PORT = 5201
 WINDOW = 64
 """Datagrams under way. Below 128, so that the one number byte of a 1-byte datagram names it without doubt."""
-_ACK_EVERY = 16
+_BYTES_UNDER_WAY = 96 * 1024
+"""Large ones wait for each other earlier: the fragments of all must fit the queues on the way."""
 _STALL = 2.0
 """Seconds without any acknowledgement after which what is under way counts as lost."""
 _BLOCK = 64 * 1024
@@ -50,6 +51,11 @@ class _Pool:
         return self._bytes[start : start + size]
 
 
+def window_of(size: int) -> int:
+    """How many datagrams of that size may be under way."""
+    return max(1, min(WINDOW, _BYTES_UNDER_WAY // size))
+
+
 def content(pool: _Pool, size: int, number: int) -> bytes:
     """The payload of datagram `number` among those of this size."""
     head = number.to_bytes(8, "little")[: min(size, 8)]
@@ -61,7 +67,7 @@ def content(pool: _Pool, size: int, number: int) -> bytes:
 
 def tcp_sink(arguments: argparse.Namespace) -> int:
     """Take one connection, hash what comes, answer with what came."""
-    with _listener(arguments.port) as listener:
+    with _listener(arguments) as listener:
         _ready()
         connection, _ = listener.accept()
     buffer = memoryview(bytearray(1 << 20))
@@ -149,10 +155,10 @@ class Tally:
 def udp_sink(arguments: argparse.Namespace) -> int:
     """Check datagrams until the source ends its side of the connection, then answer with the tally."""
     with (
-        _listener(arguments.port) as listener,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as incoming,
+        _listener(arguments) as listener,
+        socket.socket(_family(arguments.host), socket.SOCK_DGRAM) as incoming,
     ):
-        incoming.bind(("", arguments.port))
+        incoming.bind((arguments.host, arguments.port))
         incoming.setblocking(False)
         _ready()
         control, _ = listener.accept()
@@ -164,7 +170,7 @@ def udp_sink(arguments: argparse.Namespace) -> int:
                 for datagram in _drain(incoming) if incoming in readable else ():
                     tally.take(pool, datagram)
                     unacknowledged += 1
-                    if unacknowledged >= _ACK_EVERY:
+                    if unacknowledged >= -(-window_of(len(datagram)) // 4):
                         _acknowledge(control, tally)
                         unacknowledged = 0
                 if unacknowledged and not readable:  # nothing more under way: the rest of a window
@@ -188,7 +194,7 @@ def udp_source(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     with (
         _connect(arguments.host, arguments.port) as control,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outgoing,
+        socket.socket(_family(arguments.host), socket.SOCK_DGRAM) as outgoing,
     ):
         outgoing.connect((arguments.host, arguments.port))
         window = _Window(control)
@@ -196,7 +202,7 @@ def udp_source(arguments: argparse.Namespace) -> int:
             for size in arguments.sizes:
                 for number in range(sent[size], sent[size] + arguments.count):
                     outgoing.send(content(pool, size, number))
-                    stalls += [size] if not window.wait(size, number + 1 - WINDOW) else []
+                    stalls += [size] if not window.wait(size, number + 1 - window_of(size)) else []
                 sent[size] += arguments.count
                 stalls += [size] if not window.wait(size, sent[size]) else []
             if not arguments.until_eof or _stdin_closed():
@@ -273,8 +279,12 @@ def _drain(incoming: socket.socket) -> Iterator[bytes]:
 # --- both -----------------------------------------------------------------------------------------------------
 
 
-def _listener(port: int) -> socket.socket:
-    return socket.create_server(("", port), backlog=1)
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _listener(arguments: argparse.Namespace) -> socket.socket:
+    return socket.create_server((arguments.host, arguments.port), family=_family(arguments.host), backlog=1)
 
 
 def _connect(host: str, port: int) -> socket.socket:
@@ -316,8 +326,8 @@ def main() -> int:
         verb.set_defaults(run=run)
         verb.add_argument("--port", type=int, default=PORT)
         verb.add_argument("--seed", type=int, default=1, help="UDP: the same on both sides")
+        verb.add_argument("host", nargs="?" if name.endswith("-sink") else None, default="", help="the sink's address")
         if name.endswith("-source"):
-            verb.add_argument("host")
             verb.add_argument("--until-eof", action="store_true", help="go on until standard input closes")
         if name == "tcp-source":
             verb.add_argument("--bytes", type=int, required=True)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataplane import netconf
 from dataplane.errors import ConfigError
 from dataplane.lab import plan
-from dataplane.lab.plan import PodNetwork, Settings
+from dataplane.lab.plan import LabError, PodNetwork, Settings
 
 LAB_NAMES = st.from_regex(r"[a-z0-9](?:[a-z0-9-]{0,18}[a-z0-9])?", fullmatch=True)
 MEMBERS = st.one_of(
@@ -57,8 +58,22 @@ def test_addresses_are_distinct_and_within_the_benchmark_range() -> None:
 def test_subnet_env_gives_bridge_and_pod_addresses() -> None:
     text = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.7.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
     network = PodNetwork.parse(text, "subnet.env")
-    assert (str(network.bridge), network.mtu, str(network.subnet)) == ("10.244.7.1/24", 1472, "10.244.7.0/24")
+    assert (str(network.bridge), network.mtu, network.bridge_v6) == ("10.244.7.1/24", 1472, None)
     assert str(network.pod_address(1)) == "10.244.7.2"
+    with pytest.raises(LabError, match="no subnet of IPv6"):
+        network.pod_address(1, 6)
+
+
+def test_subnet_env_of_two_families_gives_pods_two_addresses() -> None:
+    v6 = "FLANNEL_IPV6_NETWORK=fd00:10:244::/48\nFLANNEL_IPV6_SUBNET=fd00:10:244:7::1/64\nFLANNEL_MTU=1430\n"
+    both = PodNetwork.parse(f"FLANNEL_SUBNET=10.244.7.1/24\n{v6}", "subnet.env")
+    addresses = [str(both.pod_address(2, version)) for version in (0, 4, 6)]
+    assert addresses == ["10.244.7.3", "10.244.7.3", "fd00:10:244:7::3"]
+    alone = PodNetwork.parse(v6, "subnet.env")
+    assert [str(alone.pod_address(1, version)) for version in (0, 6)] == ["fd00:10:244:7::2"] * 2
+    assert plan.pod_links(1, alone)[1:] == [
+        "addr add fd00:10:244:7::2/64 dev eth0", "link set eth0 up", "route add default via fd00:10:244:7::1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,7 @@ def test_a_broken_subnet_env_is_named(text: str) -> None:
         ({"store": "kube"}, "--store=kube"),
         ({"backend": "ipip"}, "not built yet"),
         ({"backend": "vxlan", "dataplane": "kernel,users"}, "'users' is none of kernel, userspace, auto"),
+        ({"backend": "vxlan", "dataplane": ","}, "'' is none of"),
         ({"dataplane": "kernel"}, "only --backend=vxlan has a choice"),
         ({"backend": "host-gw", "direct_routing": True}, "no encapsulation that it could leave out"),
         ({"network": "10.244.0.0/24"}, "/22 or larger"),
@@ -82,6 +98,8 @@ def test_a_broken_subnet_env_is_named(text: str) -> None:
         ({"network": "ten"}, "--network=ten"),
         ({"underlay_mtu": 100}, "--underlay-mtu=100"),
         ({"pods": -1}, "--pods=-1"),
+        ({"families": "64"}, "--families=64: a lab speaks 4, 6 or 46"),
+        ({"families": "6"}, "udp needs IPv4 between the nodes"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, object], said: str) -> None:
@@ -95,3 +113,20 @@ def test_each_node_is_told_its_dataplane() -> None:
     assert json.loads(settings.net_conf())["Backend"] == {"Type": "vxlan", "DirectRouting": True}
     assert Settings().dataplane_of(3) == ""
     assert json.loads(Settings().net_conf())["Backend"] == {"Type": "udp"}
+
+
+def test_no_more_dataplanes_than_nodes() -> None:
+    settings = Settings(backend="vxlan", dataplane="kernel,userspace,userspace")
+    settings.check_count(3)
+    with pytest.raises(ConfigError, match="names 3 nodes, and the lab has 2"):
+        settings.check_count(2)
+
+
+@pytest.mark.parametrize(
+    ("families", "keys"), [("4", {"Network"}), ("6", {"IPv6Network"}), ("46", {"Network", "IPv6Network"})]
+)
+def test_the_net_conf_has_the_families_of_the_lab(families: str, keys: set[str]) -> None:
+    text = Settings(backend="vxlan", families=families).net_conf()
+    network = netconf.parse(text.encode(), origin="lab")
+    assert {key for key in json.loads(text) if key.endswith("Network")} == keys
+    assert (network.enable_ipv4, network.enable_ipv6) == ("4" in families, "6" in families)
