@@ -31,6 +31,9 @@ WINDOW = 64
 """Datagrams under way. Below 128, so that the one number byte of a 1-byte datagram names it without doubt."""
 _BYTES_UNDER_WAY = 96 * 1024
 """Large ones wait for each other earlier: the fragments of all must fit the queues on the way."""
+_SO_RCVBUFFORCE = 33
+_RECEIVE_BUFFER = 4 << 20
+"""The kernel charges a fragmented datagram three times its size, and gives it back late (net/ipv4/udp.c)."""
 _STALL = 2.0
 """Seconds without any acknowledgement after which what is under way counts as lost."""
 _BLOCK = 64 * 1024
@@ -158,6 +161,7 @@ def udp_sink(arguments: argparse.Namespace) -> int:
         _listener(arguments) as listener,
         socket.socket(_family(arguments.host), socket.SOCK_DGRAM) as incoming,
     ):
+        incoming.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
         incoming.bind((arguments.host, arguments.port))
         incoming.setblocking(False)
         _ready()
