@@ -141,13 +141,13 @@ class Lab:
     def store_flags(self) -> list[str]:
         """The flags by which flanneld and loden reach this lab's store, from inside its namespaces."""
         if self.settings.store == "etcd":
-            return [f"-etcd-endpoints={self._etcd_url(2379)}"]
+            return [f"-etcd-endpoints={plan.etcd_url(self._etcd_address)}"]
         return [f"-lease-store=sqlite://{self.directory}/leases.db"]
 
-    def _etcd_url(self, port: int) -> str:
-        """By the IP version that every node of this lab has."""
-        v4 = 4 in self.settings.versions
-        return f"http://{plan.SWITCH_ADDRESS.ip}:{port}" if v4 else f"http://[{plan.SWITCH_ADDRESS_V6.ip}]:{port}"
+    @property
+    def _etcd_address(self) -> IPv4Address | IPv6Address:
+        """Of the IP version that every node of this lab has."""
+        return plan.SWITCH_ADDRESS.ip if 4 in self.settings.versions else plan.SWITCH_ADDRESS_V6.ip
 
     def address_of(self, pod: str, version: int = 0) -> str:
         """Overlay address of a pod, `n1-p1`: of that IP version, or of the first that the lab has."""
@@ -188,14 +188,8 @@ class Lab:
             self.run("switch", set_conf, stdin=self.settings.net_conf())
 
     def _start_etcd(self) -> None:
-        url, peer_url = self._etcd_url(2379), self._etcd_url(2380)
         log = self.directory / "etcd.log"
-        argv = [
-            *("etcd", "--name=lab", f"--data-dir={self.directory}/etcd", "--logger=zap", "--log-level=warn"),
-            *(f"--listen-client-urls={url}", f"--advertise-client-urls={url}"),
-            *(f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"),
-            f"--initial-cluster=lab={peer_url}",
-        ]
+        argv = plan.etcd(self._etcd_address, f"{self.directory}/etcd")
         process = members.start(self.name, "etcd", netns.within(self.namespace("switch"), argv), log)
         deadline = time.monotonic() + 20
         while self.etcdctl("endpoint", "health", check=False).returncode != 0:
@@ -205,8 +199,7 @@ class Lab:
 
     def etcdctl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run Debian's etcdctl against this lab's etcd."""
-        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={self._etcd_url(2379)}", *arguments]
-        return self.run("switch", argv, stdin=stdin, check=check)
+        return self.run("switch", plan.etcdctl(self._etcd_address, *arguments), stdin=stdin, check=check)
 
     def add_node(self, *, start: bool = True) -> Node:
         """A further machine with its cable and unconnected pods; its daemon is started, not waited for."""

@@ -56,6 +56,27 @@ class RoundTrips:
 
 
 @contextmanager
+def exchange(
+    start: Callable[[str, Sequence[str]], subprocess.Popen[str]],
+    listener: tuple[str, Sequence[str]],
+    caller: tuple[str, Sequence[str]],
+) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Two programs that talk, each as (member, command line): the caller is started once the listener has printed
+    `ready`. Both end with the block. Raises LodenError where the listener does not start."""
+    with start(*listener) as there:
+        try:
+            if there.stdout is None or there.stdout.readline() != "ready\n":
+                raise LodenError(f"{listener[0]}: `{' '.join(listener[1])}` does not start")
+            with start(*caller) as here:
+                try:
+                    yield there, here
+                finally:
+                    here.kill()
+        finally:
+            there.kill()
+
+
+@contextmanager
 def traffic(
     start: Callable[[str, Sequence[str]], subprocess.Popen[str]],
     kind: str,
@@ -64,33 +85,32 @@ def traffic(
     address: str,
     flags: Sequence[str],
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start the sink of `kind` (`tcp`, `udp`, `beat`) in pod `target`, then the source in pod `source`; both end with
-    the block."""
+    """Checked traffic (`tcp`, `udp`, `beat`) from pod to pod; what is yielded is the source, whose result is its
+    `verdict`."""
     program = _BEAT if kind == "beat" else _TRAFFIC
-    with start(target, [*program, f"{kind}-sink", address]) as sink:
-        try:
-            if sink.stdout is None or sink.stdout.readline() != "ready\n":
-                raise LodenError(f"{target}: the {kind} sink does not start")
-            with start(source, [*program, f"{kind}-source", address, *flags]) as run:
-                try:
-                    yield run
-                finally:
-                    run.kill()
-        finally:
-            sink.kill()
+    sink = target, [*program, f"{kind}-sink", address]
+    with exchange(start, sink, (source, [*program, f"{kind}-source", address, *flags])) as (_, run):
+        yield run
 
 
 def verdict(run: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
-    """Close the input of a traffic source, wait for its end, and give its result. Raises LodenError."""
+    """Close the input of a program, wait for its end, and give the line of JSON that it prints last. Raises
+    LodenError."""
     try:
         output, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise LodenError(f"the traffic source has not ended after {timeout:.0f} s") from None
+        raise LodenError(f"`{_words(run)}` has not ended after {timeout:.0f} s") from None
     try:
         result: dict[str, Any] = json.loads(output)
     except ValueError:
-        raise LodenError(f"the traffic source ended with {run.returncode} and without a result: {output!r}") from None
+        raise LodenError(f"`{_words(run)}` ended with {run.returncode} and without a result: {output!r}") from None
     return result
+
+
+def _words(run: subprocess.Popen[str]) -> str:
+    """The command line, without what every program here begins with."""
+    words = [str(word) for word in run.args] if isinstance(run.args, (list, tuple)) else [str(run.args)]
+    return " ".join(words[words.index("-m") + 1 :] if "-m" in words else words)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

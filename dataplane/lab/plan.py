@@ -120,6 +120,27 @@ def switch_links_v6() -> list[str]:
     return [f"addr add {SWITCH_ADDRESS_V6} dev br0"]
 
 
+def etcd_url(address: IPv4Address | IPv6Address, port: int = 2379) -> str:
+    """Where an etcd at that address is asked, or its members meet."""
+    return f"http://{address}:{port}" if address.version == 4 else f"http://[{address}]:{port}"
+
+
+def etcd(address: IPv4Address | IPv6Address, directory: str) -> list[str]:
+    """The command line of an etcd of one member, in a namespace that has `address`; it takes transactions of 1,000."""
+    url, peer_url = etcd_url(address), etcd_url(address, 2380)
+    return [
+        *("etcd", "--name=lab", f"--data-dir={directory}", "--logger=zap", "--log-level=warn"),
+        *(f"--listen-client-urls={url}", f"--advertise-client-urls={url}", "--max-txn-ops=1000"),
+        *(f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"),
+        f"--initial-cluster=lab={peer_url}",
+    ]
+
+
+def etcdctl(address: IPv4Address | IPv6Address, *arguments: str) -> list[str]:
+    """Debian's etcdctl, against that etcd."""
+    return ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={etcd_url(address)}", *arguments]
+
+
 def node_links(*addresses: IPv4Interface | IPv6Interface) -> list[str]:
     """For a node's namespace, once its cable is there."""
     return ["link set lo up", *(f"addr add {address} dev eth0" for address in addresses), "link set eth0 up"]
