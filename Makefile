@@ -24,11 +24,12 @@ trap 'code=$$?; finally; [ $$code = 0 ] || echo "== FAILED: $$step. $$remedy" >&
 echo "== $$step"
 endef
 
-.PHONY: help setup packages demo test bench fuzz sanitize soak lint wheel clean
+.PHONY: help setup packages demo test bench bench-selftest fuzz sanitize soak lint wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	echo "make setup   Debian packages, $(VENV), compiled extensions, $(BIN)/flanneld and $(BIN)/loden"
+	echo "make bench-selftest  does the benchmark find a slowdown and a loss of known size?"
 	echo "make soak    100 GB of hashed TCP over a bad underlay, 5 GB with each capability off"
 	echo "make fuzz    500,000,000 fuzz executions (FUZZ_COUNT=...) over the packet path"
 	echo "make sanitize  the packet tests and 20,000,000 executions with sanitizers and with Cython's checks"
@@ -61,6 +62,10 @@ sanitize: setup
 bench: setup
 	$(call step,bench,Read the error above; '$(BIN)/loden lab down --name=bench' removes what a killed run left)
 	$(BIN)/loden bench $(BENCH)
+
+bench-selftest: setup
+	$(call step,bench-selftest,Another load on this machine does not matter to it; read what it has measured above)
+	$(BIN)/loden bench selftest
 
 lint: setup
 	$(call step,ruff,'$(BIN)/ruff check --fix' mends some findings)

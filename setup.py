@@ -22,7 +22,7 @@ COMPILE_ARGS = [
 
 LOAD_GENERATOR = Extension(
     "dataplane.bench._load",
-    ["bench/_load.pyx", *(f"bench/generator/{name}.c" for name in ("clock", "echo", "tcp", "udp"))],
+    ["bench/_load.pyx", *(f"bench/generator/{name}.c" for name in ("clock", "connect", "echo", "tcp", "udp"))],
     include_dirs=["bench/generator"],
     depends=["bench/generator/load.h"],
     extra_compile_args=COMPILE_ARGS,

@@ -8,14 +8,33 @@ from array import array
 
 from cpython cimport array as c_array
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+cdef extern from "<netinet/in.h>" nogil:
+    enum: AF_INET
+    struct in_addr:
+        uint32_t s_addr
+    struct sockaddr_in:
+        uint16_t sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    uint16_t htons(uint16_t)
+    uint32_t htonl(uint32_t)
 
 cdef extern from "load.h" nogil:
     struct machine_time:
         double busy
         double stolen
+        double watched
     struct window:
         double warmup
         double seconds
+    struct timeline:
+        uint32_t* received
+        uint32_t* gap_us
+        size_t count
+        double width
     struct tcp_seen:
         uint64_t bytes
         double seconds
@@ -27,12 +46,21 @@ cdef extern from "load.h" nogil:
         uint64_t reordered
         uint64_t all_received
         uint64_t all_duplicated
+        double started
+        double longest_gap
         double seconds
         machine_time used
     struct udp_sent:
         uint64_t sent
         uint64_t refused
         double seconds
+    struct connect_seen:
+        uint64_t accepted
+        double seconds
+        machine_time used
+    struct connect_made:
+        uint64_t made
+        uint64_t failed
     struct echo_seen:
         uint64_t sent
         uint64_t received
@@ -41,10 +69,14 @@ cdef extern from "load.h" nogil:
         machine_time used
     int c_tcp_drain "tcp_drain"(const int*, int, window, tcp_seen*)
     int c_tcp_flood "tcp_flood"(const int*, int, double, uint64_t*)
-    int c_udp_drain "udp_drain"(int, uint32_t, double, window, udp_seen*)
-    int c_udp_flood "udp_flood"(int, uint32_t, uint32_t, double, double, udp_sent*)
+    int c_udp_drain "udp_drain"(int, uint32_t, double, window, timeline, udp_seen*)
+    int c_udp_flood "udp_flood"(
+        int, uint32_t, uint32_t, double, double, const sockaddr_in*, size_t, udp_sent*)
+    int c_connect_drain "connect_drain"(int, window, connect_seen*)
+    int c_connect_flood "connect_flood"(sockaddr_in, int, double, connect_made*)
     int c_echo "echo"(int, uint16_t, double, window, uint32_t*, size_t, echo_seen*)
     int read_machine_time(machine_time*)
+    int c_watch_processes "watch_processes"(const int*, int)
 
 
 cdef int checked(int result) except -1:
@@ -76,25 +108,77 @@ def tcp_flood(c_array.array connections not None, double seconds):
     return sent
 
 
-def udp_drain(int socket, uint32_t tag, double patience, double warmup, double seconds):
-    """Count the datagrams of a run until it is quiet; `patience` is how long the first may take, in seconds."""
+def udp_drain(int socket, uint32_t tag, double patience, double warmup, double seconds, double width=0.0):
+    """Count the datagrams of a run until it is quiet; `patience` is how long the first may take, in seconds.
+
+    (What was seen, the window's slices of `width` seconds: [datagrams, longest silence in microseconds] each.)
+    """
     cdef udp_seen seen
     cdef int result
     cdef window opening = window(warmup, seconds)
+    cdef size_t count = <size_t>(seconds / width) + 1 if width > 0 else 0
+    cdef c_array.array received = c_array.clone(array("I"), count, zero=True)
+    cdef c_array.array gaps = c_array.clone(array("I"), count, zero=True)
+    cdef timeline line = timeline(received.data.as_uints, gaps.data.as_uints, count, width)
     with nogil:
-        result = c_udp_drain(socket, tag, patience, opening, &seen)
+        result = c_udp_drain(socket, tag, patience, opening, line, &seen)
+    checked(result)
+    return seen, [list(pair) for pair in zip(received, gaps)]
+
+
+cdef sockaddr_in address(uint32_t host, uint16_t port):
+    cdef sockaddr_in found
+    memset(&found, 0, sizeof(found))
+    found.sin_family = AF_INET
+    found.sin_port = htons(port)
+    found.sin_addr.s_addr = htonl(host)
+    return found
+
+
+def udp_flood(
+    int socket, uint32_t tag, uint32_t size, double rate, double seconds, hosts=(), uint16_t port=0
+):
+    """Send numbered datagrams of `size` bytes, `rate` a second; 0 is as many as go.
+
+    `hosts`: addresses as numbers that take turns at `port`; without them the socket is connected.
+    """
+    cdef udp_sent sent
+    cdef int result
+    cdef size_t number, count = len(hosts)
+    cdef sockaddr_in* to = <sockaddr_in*>malloc(max(count, 1) * sizeof(sockaddr_in))
+    if to == NULL:
+        raise MemoryError
+    try:
+        for number in range(count):
+            to[number] = address(hosts[number], port)
+        with nogil:
+            result = c_udp_flood(socket, tag, size, rate, seconds, to, count, &sent)
+    finally:
+        free(to)
+    checked(result)
+    return sent
+
+
+def connect_drain(int listener, double warmup, double seconds):
+    """Accept and reset until the window closes."""
+    cdef connect_seen seen
+    cdef int result
+    cdef window opening = window(warmup, seconds)
+    with nogil:
+        result = c_connect_drain(listener, opening, &seen)
     checked(result)
     return seen
 
 
-def udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double seconds):
-    """Send numbered datagrams of `size` bytes, `rate` a second; 0 is as many as go."""
-    cdef udp_sent sent
+def connect_flood(uint32_t host, uint16_t port, int parallel, double seconds):
+    """Make TCP connections, `parallel` of them under way at a time, until `seconds` have passed."""
+    cdef connect_made made
     cdef int result
+    cdef sockaddr_in to = address(host, port)
     with nogil:
-        result = c_udp_flood(socket, tag, size, rate, seconds, &sent)
+        result = c_connect_flood(to, parallel, seconds, &made)
     checked(result)
-    return sent
+    return made
 
 
 def echo(int socket, uint16_t identifier, double interval, double warmup, double seconds, size_t room=1_000_000):
@@ -111,8 +195,13 @@ def echo(int socket, uint16_t identifier, double interval, double warmup, double
     return seen, times
 
 
+def watch_processes(c_array.array pids not None):
+    """Count what these processes (`array("i")`) use from now on as `watched`, beside the whole machine's time."""
+    checked(c_watch_processes(pids.data.as_ints, len(pids)))
+
+
 def processor_time():
-    """(busy, stolen) seconds of all processors since boot."""
+    """(busy, stolen) seconds of all processors; only differences mean something."""
     cdef machine_time time
     checked(read_machine_time(&time))
     return time.busy, time.stolen

@@ -14,12 +14,17 @@ from typing import Any
 
 from dataplane.errors import ConfigError
 
+_MERGING = ("tx-udp-segmentation", "tso", "gso", "gro")
+"""What makes one frame of the underlay stand for many packets."""
+
 DIRECTORY = Path(__file__).parent / "profiles"
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`ethtool`: feature names of `ethtool -K` for both ends of the underlay, on top of the device's own defaults."""
+    """`ethtool`: feature names of `ethtool -K` for both ends of the underlay, on top of the device's own defaults.
+    `loss`: share of the frames that is lost each way; `delay_ms`: how long each way takes besides, where the kernel can
+    do it."""
 
     name: str
     title: str
@@ -27,6 +32,8 @@ class Profile:
     congestion: str
     mtu: int
     ethtool: Mapping[str, bool]
+    loss: float = 0.0
+    delay_ms: float = 0.0
 
 
 def names() -> list[str]:
@@ -60,7 +67,7 @@ def parse(name: str, text: str, origin: str) -> Profile:
 def _checked(name: str, document: dict[str, Any]) -> Profile:
     _only(document, "", ("title", "description", "congestion", "underlay", "ethtool"))
     underlay, ethtool = document.get("underlay", {}), document.get("ethtool", {})
-    _only(underlay, "underlay.", ("mtu",))
+    _only(underlay, "underlay.", ("mtu", "loss", "delay_ms"))
     for feature, state in ethtool.items():
         if not isinstance(state, bool):
             raise ValueError(f"ethtool.{feature} must be true or false, not {state!r}")
@@ -73,7 +80,18 @@ def _checked(name: str, document: dict[str, Any]) -> Profile:
     mtu = underlay.get("mtu", 1500)
     if not isinstance(mtu, int) or not 576 <= mtu <= 65_535:
         raise ValueError(f"underlay.mtu must be from 576 to 65535, not {mtu!r}")
-    return Profile(name=name, mtu=mtu, ethtool=ethtool, **words)
+    loss, delay_ms = (_number(underlay, key, most) for key, most in (("loss", 0.5), ("delay_ms", 1000.0)))
+    if loss and not all(ethtool.get(feature) is False for feature in _MERGING):
+        off = ", ".join(f"{feature} = false" for feature in _MERGING)
+        raise ValueError(f"underlay.loss needs {off} in [ethtool]: else whole superframes would be lost at once")
+    return Profile(name=name, mtu=mtu, ethtool=ethtool, loss=loss, delay_ms=delay_ms, **words)
+
+
+def _number(underlay: dict[str, Any], key: str, most: float) -> float:
+    value = underlay.get(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"underlay.{key} must be a number from 0 to {most:g}, not {value!r}")
+    return float(value)
 
 
 def _only(table: dict[str, Any], prefix: str, known: tuple[str, ...]) -> None:

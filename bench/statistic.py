@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+COMPARED = 0.99
+"""Of the interval of a change between two runs."""
 NOISY = 0.3
 """A spread of more than this share of the median is said aloud."""
 
@@ -40,7 +42,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Ratio of two medians, and the percentile interval of it (CONFIDENCE) over resampled rounds."""
+    """Ratio of two medians, and the percentile interval of it over resampled rounds."""
 
     ratio: float
     low: float
@@ -64,13 +66,34 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
         raise ValueError(f"{len(above)} samples over {len(below)}: each round has one of each")
     if min(below) <= 0:
         raise ValueError("the denominator has a sample that is not positive")
+    pairs = list(zip(above, below, strict=True))
+    return _interval([pairs], lambda drawn: of_medians(drawn[0]), CONFIDENCE)
+
+
+def change(old: Sequence[tuple[float, float]], new: Sequence[tuple[float, float]]) -> Ratio:
+    """By how much the ratio of `new` is that of `old`; each is (above, below) by round, and the rounds of two runs have
+    nothing in common. The interval is wider (COMPARED), since many figures are compared at once.
+
+    Raises ValueError where one is empty or a value is not positive.
+    """
+    if not old or not new or min(min(pair) for pair in (*old, *new)) <= 0:
+        raise ValueError("a change needs samples on both sides, all of them positive")
+    return _interval([list(old), list(new)], lambda drawn: of_medians(drawn[1]) / of_medians(drawn[0]), COMPARED)
+
+
+def of_medians(pairs: Sequence[tuple[float, float]]) -> float:
+    """Ratio of the medians of both sides."""
+    return statistics.median(above for above, _ in pairs) / statistics.median(below for _, below in pairs)
+
+
+def _interval(
+    groups: list[list[tuple[float, float]]],
+    figure: Callable[[Sequence[Sequence[tuple[float, float]]]], float],
+    confidence: float,
+) -> Ratio:
+    """The figure of the groups, with its percentile interval over resampled rounds of each."""
     generator = random.Random(1)
-    rounds = range(len(above))
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = generator.choices(rounds, k=len(above))
-        drawn.append(statistics.median(above[i] for i in chosen) / statistics.median(below[i] for i in chosen))
-    drawn.sort()
-    tail = (1 - CONFIDENCE) / 2
+    drawn = sorted(figure([generator.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES))
+    tail = (1 - confidence) / 2
     low, high = drawn[int(tail * RESAMPLES)], drawn[min(RESAMPLES - 1, int((1 - tail) * RESAMPLES))]
-    return Ratio(statistics.median(above) / statistics.median(below), low, high)
+    return Ratio(figure(groups), low, high)

@@ -1,30 +1,23 @@
-"""Owns the workloads: what is sent from one end of a candidate's path to the other, and the figures that come of it.
+"""Owns the workloads: their names, what is measured by each, and which figures a report shows of them.
 
-A workload is named `tcp-FLOWS`, `udp-BYTES` (at saturation; `udp-mtu` fills the MTU), `rtt-busy` (echo back to back) or
-`rtt-idle` (100 a second). Free of: candidates. Invariant: rates are the receiver's; a packet rate never stands without
-its loss; processor time is the whole machine's, generator and softirq included.
+Free of: how a sample is taken. Invariant: a figure stands once, with its unit and which way is better; a packet rate
+always has its loss beside it.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dataplane.bench.load import PATIENCE
+from dataplane.bench import composite, exchange
+from dataplane.bench.ends import MOST_FAR, Ends, Timing
 from dataplane.bench.stand import Stand
 from dataplane.errors import ConfigError
-from dataplane.lab import LabError
 
-LOAD = (sys.executable, "-P", "-m", "dataplane.bench.load")
-_NAME = re.compile(r"(tcp)-(\d+)|(udp)-(\d+|mtu)|(rtt)-(busy|idle)")
-_HEADERS = 28  # IPv4 and UDP
-_IDLE_INTERVAL = 0.01
-_tags = itertools.count(1)
+_MOST_FLOWS = 256
+_PAYLOADS = range(12, 65_508)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,165 +29,155 @@ class Figure:
     compared: bool = True
 
 
-FIGURES: dict[str, dict[str, Figure]] = {
+_PACKETS = {
+    "kpps": Figure("kpps", True),
+    "loss": Figure("loss", False, compared=False),
+    "offered_kpps": Figure("kpps offered", True, compared=False),
+    "cpu_s_per_mpkt": Figure("CPU s/Mpkt", False),
+    "tunnel_cpu_s_per_mpkt": Figure("CPU s/Mpkt of the tunnel's processes", False, compared=False),
+}
+_TRIPS = {
+    "p50_us": Figure("us p50", False),
+    "p90_us": Figure("us p90", False, compared=False),
+    "p99_us": Figure("us p99", False),
+    "p999_us": Figure("us p99.9", False, compared=False),
+    "loss": Figure("loss", False, compared=False),
+}
+FIGURES: dict[str, Mapping[str, Figure]] = {
     "tcp": {
         "gbit_s": Figure("Gbit/s", True),
         "cpu_s_per_gb": Figure("CPU s/GB", False),
+        "tunnel_cpu_s_per_gb": Figure("CPU s/GB of the tunnel's processes", False, compared=False),
         "retransmits": Figure("retransmits", False, compared=False),
     },
-    "udp": {
-        "kpps": Figure("kpps", True),
+    "udp": _PACKETS,
+    "sweep": {
+        "kpps": Figure("kpps with under 0.1 % lost", True),
         "loss": Figure("loss", False, compared=False),
-        "offered_kpps": Figure("kpps offered", True, compared=False),
-        "cpu_s_per_mpkt": Figure("CPU s/Mpkt", False),
     },
-    "rtt": {
-        "p50_us": Figure("us p50", False),
-        "p90_us": Figure("us p90", False, compared=False),
-        "p99_us": Figure("us p99", False),
+    "rtt": _TRIPS,
+    "rtt-load": {**_TRIPS, "beside_gbit_s": Figure("Gbit/s beside it", True, compared=False)},
+    "connect": {
+        "connections_s": Figure("connections/s", True),
+        "cpu_s_per_mconn": Figure("CPU s per million", False, compared=False),
+        "failed_connections": Figure("failed", False, compared=False),
+    },
+    "peers": {
+        "kpps_one": Figure("kpps to one", True),
+        "loss_one": Figure("loss to one", False, compared=False),
+        "kpps_all": Figure("kpps to all", True),
+        "loss_all": Figure("loss to all", False, compared=False),
+        "settled_s": Figure("s until all leases were taken", False, compared=False),
+    },
+    "publish": {
+        "gap_ms": Figure("ms, longest gap while leases change", False, compared=False),
+        "quiet_gap_ms": Figure("ms, longest gap without", False, compared=False),
+        "loss": Figure("loss while leases change", False, compared=False),
+        "quiet_loss": Figure("loss without", False, compared=False),
+        "kpps": Figure("kpps", True, compared=False),
+        "changed_s": Figure("s to write the change", False, compared=False),
+    },
+    "gil": {
+        "held_kpps": Figure("kpps with the GIL held", True, compared=False),
+        "quiet_kpps": Figure("kpps without", True, compared=False),
+        "held_gap_ms": Figure("ms, longest gap with the GIL held", False, compared=False),
+        "quiet_gap_ms": Figure("ms, longest gap without", False, compared=False),
+        "empty_slices": Figure("slices of 10 ms without a packet", False, compared=False),
         "loss": Figure("loss", False, compared=False),
     },
 }
 
-
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """Where traffic goes in and comes out: members of the stand, the far one's address, and the MTU between them."""
-
-    source: str
-    target: str
-    address: str
-    mtu: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of a run: what is thrown away first, and what is counted."""
-
-    warmup: float
-    seconds: float
-
-    @property
-    def flags(self) -> list[str]:
-        return [f"--warmup={self.warmup}", f"--seconds={self.seconds}"]
+_Run = Callable[[Stand, Ends, Timing, str], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`kind` is tcp, udp or rtt; `detail` the flows, the payload's bytes (or `mtu`), or `busy` and `idle`."""
+    """`kind` chooses the figures; `detail` is what its name says behind that."""
 
+    name: str
     kind: str
     detail: str
+    _run: _Run
 
     @classmethod
     def parse(cls, name: str) -> Workload:
         """Raises ConfigError."""
-        match = _NAME.fullmatch(name)
-        kind, detail = [part for part in match.groups() if part] if match else ("", "")
-        too_few = detail.isdecimal() and not (1 if kind == "tcp" else 12) <= int(detail) <= 65_507
-        if not kind or too_few or (kind == "tcp" and int(detail) > 256):
-            raise ConfigError(
-                f"{name!r} is no workload: take tcp-1 to tcp-256 (flows), udp-12 to udp-65507 (payload bytes), "
-                "udp-mtu, rtt-busy or rtt-idle"
-            )
-        return cls(kind, detail)
+        for pattern, kind, make in _NAMES:
+            if match := re.fullmatch(pattern, name):
+                run = make(*match.groups())
+                if run is not None:
+                    return cls(name, kind, name.removeprefix(kind).removeprefix("-"), run)
+        raise ConfigError(f"{name!r} is no workload: take of {SYNTAX}")
 
     @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.detail}"
-
-    @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> Mapping[str, Figure]:
         return FIGURES[self.kind]
 
+    @property
+    def needs_leases(self) -> bool:
+        return self.kind in ("peers", "publish")
+
+    @property
+    def needs_holding(self) -> bool:
+        return self.kind == "gil"
+
     def run(self, stand: Stand, ends: Ends, timing: Timing, congestion: str) -> dict[str, Any]:
-        """Send once and count. Raises LabError where the generator fails or nothing arrives by TCP."""
-        if self.kind == "tcp":
-            return _tcp(stand, ends, timing, int(self.detail), congestion)
-        if self.kind == "udp":
-            size = ends.mtu - _HEADERS if self.detail == "mtu" else int(self.detail)
-            return _udp(stand, ends, timing, size)
-        return _rtt(stand, ends, timing, 0.0 if self.detail == "busy" else _IDLE_INTERVAL)
+        """Sample once. `skipped` instead of figures where the candidate has no means for it. Raises LodenError where
+        the generator fails or nothing arrives."""
+        return self._run(stand, ends, timing, congestion)
 
 
-def _tcp(stand: Stand, ends: Ends, timing: Timing, flows: int, congestion: str) -> dict[str, Any]:
-    common = [*timing.flags, f"--flows={flows}"]
-    seen, sent = _pair(stand, ends, "tcp", timing, common, [*common, f"--congestion={congestion}"])
-    if not seen["bytes"]:
-        raise LabError(f"{ends.source} to {ends.target}: no byte arrived by TCP")
-    return {
-        "gbit_s": seen["bytes"] * 8 / seen["seconds"] / 1e9,
-        "cpu_s_per_gb": seen["used"]["busy"] / seen["bytes"] * 1e9,
-        "retransmits": sent["retransmits"],
-        "stolen_s": seen["used"]["stolen"],
-        "congestion": sent["congestion"],
-        "seconds": seen["seconds"],
-    }
+SYNTAX = (
+    "tcp-FLOWS[-down|-both], udp-BYTES[@RATE], udp-mtu[@RATE], sweep-BYTES, sweep-mtu, rtt-busy, rtt-idle, rtt-load, "
+    f"connect, peers-COUNT (up to {MOST_FAR}), publish, gil"
+)
 
 
-def _udp(stand: Stand, ends: Ends, timing: Timing, size: int, rate: float = 0.0) -> dict[str, Any]:
-    common = [*timing.flags, f"--tag={next(_tags)}"]
-    seen, sent = _pair(stand, ends, "udp", timing, common, [*common, f"--size={size}", f"--rate={rate}"])
-    received, seconds = seen["received"], seen["seconds"]
-    return {
-        "kpps": received / seconds / 1e3 if seconds else 0.0,
-        "loss": 1 - received / seen["expected"] if seen["expected"] else 1.0,
-        "offered_kpps": sent["sent"] / sent["seconds"] / 1e3,
-        "cpu_s_per_mpkt": seen["used"]["busy"] / received * 1e6 if received else None,
-        "whole_run_loss": 1 - seen["all_received"] / sent["sent"] if sent["sent"] else 1.0,
-        "duplicated": seen["all_duplicated"],
-        "reordered": seen["reordered"],
-        "refused": sent["refused"],
-        "stolen_s": seen["used"]["stolen"],
-        "payload": size,
-        "seconds": seconds,
-    }
+def _tcp(flows: str, direction: str | None) -> _Run | None:
+    if not 1 <= int(flows) <= _MOST_FLOWS:
+        return None
+    return lambda stand, ends, timing, congestion: exchange.tcp(
+        stand, ends, timing, int(flows), direction or "up", congestion
+    )
 
 
-def _rtt(stand: Stand, ends: Ends, timing: Timing, interval: float) -> dict[str, Any]:
-    flags = [*timing.flags, f"--interval={interval}"]
-    with stand.open_process(ends.source, [*LOAD, "echo", ends.address, *flags]) as asking:
-        try:
-            seen = _result(asking, timing)
-        finally:
-            asking.kill()
-    if "p50" not in seen:
-        raise LabError(f"{ends.source} to {ends.target}: no echo was answered")
-    times = {f"{name}_us": seen[name] for name in ("p50", "p90", "p99", "p999", "least", "greatest")}
-    return {
-        **times,
-        "loss": 1 - seen["received"] / seen["sent"],
-        "samples": seen["samples"],
-        "cpu_s_per_mpkt": seen["used"]["busy"] / seen["received"] * 1e6,
-        "stolen_s": seen["used"]["stolen"],
-    }
+def _size(detail: str, ends: Ends) -> int:
+    return ends.mtu - exchange.HEADERS if detail == "mtu" else int(detail)
 
 
-def _pair(
-    stand: Stand, ends: Ends, kind: str, timing: Timing, sink_flags: list[str], source_flags: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The results of a sink and a source; both processes end with the call."""
-    with stand.open_process(ends.target, [*LOAD, f"{kind}-sink", *sink_flags]) as sink:
-        try:
-            if sink.stdout is None or sink.stdout.readline() != "ready\n":
-                raise LabError(f"{ends.target}: the {kind} sink does not start")
-            with stand.open_process(ends.source, [*LOAD, f"{kind}-source", ends.address, *source_flags]) as source:
-                try:
-                    return _result(sink, timing), _result(source, timing)
-                finally:
-                    source.kill()
-        finally:
-            sink.kill()
+def _udp(detail: str, rate: str | None) -> _Run | None:
+    if detail != "mtu" and int(detail) not in _PAYLOADS:
+        return None
+    return lambda stand, ends, timing, _: exchange.udp(
+        stand, ends, timing, _size(detail, ends), float(rate) if rate else 0.0
+    )
 
 
-def _result(process: subprocess.Popen[str], timing: Timing) -> dict[str, Any]:
-    patience = timing.warmup + timing.seconds + 3 * PATIENCE + 10
-    try:
-        output, _ = process.communicate(timeout=patience)
-    except subprocess.TimeoutExpired:
-        raise LabError(f"the load generator has not ended after {patience:.0f} s") from None
-    try:
-        result: dict[str, Any] = json.loads(output)
-    except ValueError:
-        raise LabError(f"the load generator ended with {process.returncode} and without a result") from None
-    return result
+def _sweep(detail: str) -> _Run | None:
+    if detail != "mtu" and int(detail) not in _PAYLOADS:
+        return None
+    return lambda stand, ends, timing, _: composite.sweep(stand, ends, timing, _size(detail, ends))
+
+
+def _rtt(detail: str) -> _Run:
+    interval = 0.0 if detail == "busy" else exchange.IDLE_INTERVAL
+    return lambda stand, ends, timing, _: exchange.rtt(stand, ends, timing, interval)
+
+
+def _peers(count: str) -> _Run | None:
+    if not 1 <= int(count) <= MOST_FAR:
+        return None
+    return lambda stand, ends, timing, _: composite.peers(stand, ends, timing, int(count))
+
+
+_NAMES: tuple[tuple[str, str, Callable[..., _Run | None]], ...] = (
+    (r"tcp-(\d{1,3})(?:-(down|both))?", "tcp", _tcp),
+    (r"udp-(\d{1,5}|mtu)(?:@(\d{1,7}))?", "udp", _udp),
+    (r"sweep-(\d{1,5}|mtu)", "sweep", _sweep),
+    (r"rtt-(busy|idle)", "rtt", _rtt),
+    (r"rtt-load", "rtt-load", lambda: exchange.rtt_under_load),
+    (r"connect", "connect", lambda: lambda stand, ends, timing, _: exchange.connect(stand, ends, timing)),
+    (r"peers-(\d{1,5})", "peers", _peers),
+    (r"publish", "publish", lambda: lambda stand, ends, timing, _: composite.publish(stand, ends, timing)),
+    (r"gil", "gil", lambda: lambda stand, ends, timing, _: composite.gil(stand, ends, timing)),
+)

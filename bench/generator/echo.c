@@ -63,7 +63,7 @@ static void sleep_until(double when) {
 int echo(int socket, uint16_t id, double interval, struct window window, uint32_t *nanoseconds, size_t room,
          struct echo_seen *seen) {
     struct timeval wait = {.tv_sec = LOST_MS / 1000};
-    struct machine_time opened = {0, 0};
+    struct machine_time opened = {0};
     double next = now(), open = next + window.warmup, end = open + window.seconds, start = 0;
     uint16_t number = 0;
     *seen = (struct echo_seen){0};

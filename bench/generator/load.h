@@ -6,13 +6,15 @@
 #ifndef LODEN_BENCH_LOAD_H
 #define LODEN_BENCH_LOAD_H
 
+#include <netinet/in.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* Seconds of all processors since boot, from /proc/stat. */
+/* Seconds of all processors. */
 struct machine_time {
-    double busy;   /* user, nice, system, irq, softirq */
-    double stolen; /* what the hypervisor took */
+    double busy;    /* neither idle nor stolen; only differences mean something */
+    double stolen;  /* what the hypervisor took */
+    double watched; /* what the processes given to watch_processes have used, by their own clocks */
 };
 
 struct window {
@@ -25,10 +27,20 @@ struct tcp_seen {
     struct machine_time used;
 };
 
+/* The window in slices of `width` seconds: what came in each, and the longest silence that ended in it. Without slices
+   (`count` 0) only the totals are kept. */
+struct timeline {
+    uint32_t *received, *gap_us;
+    size_t count;
+    double width;
+};
+
 /* `all_*` are of the whole run, the others of the window. */
 struct udp_seen {
     uint64_t received, expected, duplicated, reordered;
     uint64_t all_received, all_duplicated;
+    double started;     /* CLOCK_MONOTONIC of the window's begin */
+    double longest_gap; /* seconds between two batches inside the window */
     double seconds;
     struct machine_time used;
 };
@@ -36,6 +48,16 @@ struct udp_seen {
 struct udp_sent {
     uint64_t sent, refused; /* refused: the kernel said ENOBUFS or reported an ICMP error */
     double seconds;
+};
+
+struct connect_seen {
+    uint64_t accepted; /* inside the window */
+    double seconds;
+    struct machine_time used;
+};
+
+struct connect_made {
+    uint64_t made, failed; /* of the whole run */
 };
 
 struct echo_seen {
@@ -47,12 +69,17 @@ struct echo_seen {
 
 int tcp_drain(const int *connections, int count, struct window window, struct tcp_seen *seen);
 int tcp_flood(const int *connections, int count, double seconds, uint64_t *sent);
-int udp_drain(int socket, uint32_t tag, double patience, struct window window, struct udp_seen *seen);
-int udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double seconds, struct udp_sent *sent);
+int udp_drain(int socket, uint32_t tag, double patience, struct window window, struct timeline line,
+              struct udp_seen *seen);
+int udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double seconds, const struct sockaddr_in *to,
+              size_t targets, struct udp_sent *sent);
+int connect_drain(int listener, struct window window, struct connect_seen *seen);
+int connect_flood(struct sockaddr_in to, int parallel, double seconds, struct connect_made *made);
 int echo(int socket, uint16_t id, double interval, struct window window, uint32_t *nanoseconds, size_t room,
          struct echo_seen *seen);
 
 double now(void); /* CLOCK_MONOTONIC */
+int watch_processes(const int *pids, int count);
 int read_machine_time(struct machine_time *time);
 struct machine_time since(struct machine_time former);
 

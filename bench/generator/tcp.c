@@ -25,7 +25,7 @@ static void forget(struct pollfd *polled, int *left) {
 
 int tcp_drain(const int *connections, int count, struct window window, struct tcp_seen *seen) {
     struct pollfd polled[MOST_FLOWS];
-    struct machine_time opened = {0, 0};
+    struct machine_time opened = {0};
     double first = 0, start = 0, at = now(), patience = at + window.warmup + window.seconds + 10;
     uint64_t bytes = 0;
     int left = count, failed = watch(polled, connections, count, POLLIN);

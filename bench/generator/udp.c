@@ -50,13 +50,32 @@ static void take_batch(struct tally *tally, uint32_t tag, const struct mark *mar
             take(tally, marks[i].number);
 }
 
-int udp_drain(int socket, uint32_t tag, double patience, struct window window, struct udp_seen *seen) {
+/* A batch of `count` that came at `at`, `silence` after the one before it. */
+static void note(struct timeline *line, struct udp_seen *seen, double at, uint64_t count, double silence) {
+    double since_start = at - seen->started;
+    if (silence > since_start)
+        silence = since_start; /* what was silent before the window is not the window's */
+    if (silence > seen->longest_gap)
+        seen->longest_gap = silence;
+    if (line->count > 0 && since_start >= 0) {
+        size_t slice = (size_t)(since_start / line->width);
+        if (slice < line->count) {
+            uint32_t gap = (uint32_t)(silence * 1e6);
+            line->received[slice] += (uint32_t)count;
+            if (gap > line->gap_us[slice])
+                line->gap_us[slice] = gap;
+        }
+    }
+}
+
+int udp_drain(int socket, uint32_t tag, double patience, struct window window, struct timeline line,
+              struct udp_seen *seen) {
     struct timeval wait = {.tv_usec = 50000};
     struct mmsghdr messages[BATCH];
     struct iovec pieces[BATCH][2];
     struct mark marks[BATCH];
-    struct machine_time opened = {0, 0};
-    double first = 0, start = 0, at = now(), last = at + patience;
+    struct machine_time opened = {0};
+    double first = 0, start = 0, at = now(), last = at + patience, batch = at;
     struct tally *tally = calloc(1, sizeof *tally);
     char *rest = malloc(MOST_PAYLOAD); /* all datagrams are copied, none is looked at behind its mark */
     struct tally *before = calloc(1, sizeof *before);
@@ -81,13 +100,17 @@ int udp_drain(int socket, uint32_t tag, double patience, struct window window, s
         if (tally->unique > former) {
             if (first == 0)
                 first = at;
+            if (start > 0 && seen->seconds == 0)
+                note(&line, seen, at, tally->unique - former, at - batch);
+            batch = at;
             last = at + QUIET;
         }
         if (first > 0 && start == 0 && at >= first + window.warmup) {
             failed = read_machine_time(&opened);
             *before = *tally;
-            start = now();
+            start = seen->started = now();
         } else if (start > 0 && seen->seconds == 0 && (at >= start + window.seconds || at >= last)) {
+            note(&line, seen, at, 0, at - batch);
             seen->seconds = at - start;
             seen->used = since(opened);
             seen->received = tally->unique - before->unique;
@@ -116,7 +139,9 @@ static int passing(int error) {
            error == ENETUNREACH;
 }
 
-int udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double seconds, struct udp_sent *sent) {
+/* `to`: addresses that take turns; without them (`targets` 0) the socket is connected. */
+int udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double seconds, const struct sockaddr_in *to,
+              size_t targets, struct udp_sent *sent) {
     struct mmsghdr messages[BATCH];
     struct iovec pieces[BATCH];
     char *block;
@@ -141,8 +166,14 @@ int udp_flood(int socket, uint32_t tag, uint32_t size, double rate, double secon
             pause_microseconds(50);
             continue;
         }
-        for (int i = 0; i < count; i++)
-            memcpy(block + (size_t)i * size, &(struct mark){sent->sent + (uint64_t)i, tag}, sizeof(struct mark));
+        for (int i = 0; i < count; i++) {
+            uint64_t number = sent->sent + (uint64_t)i;
+            memcpy(block + (size_t)i * size, &(struct mark){number, tag}, sizeof(struct mark));
+            if (targets > 0) {
+                messages[i].msg_hdr.msg_name = (void *)&to[number % targets];
+                messages[i].msg_hdr.msg_namelen = sizeof *to;
+            }
+        }
         count = sendmmsg(socket, messages, (unsigned)count, 0);
         if (count > 0) {
             sent->sent += (uint64_t)count;

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,7 +49,8 @@ def exchange(
     sink = pair[1].spawn(*LOAD, f"{kind}-sink", *sink_flags)
     assert sink.stdout is not None
     assert sink.stdout.readline() == "ready\n"
-    source = pair[0].spawn(*LOAD, f"{kind}-source", SINK, *source_flags)
+    host = f"--host={SINK}" if kind == "tcp" else SINK
+    source = pair[0].spawn(*LOAD, f"{kind}-source", host, *source_flags)
     return result(sink), result(source)
 
 
@@ -174,8 +177,78 @@ def test_what_the_kernel_refuses_is_raised() -> None:
 
 
 def test_processor_time_is_the_machines() -> None:
-    fields = Path("/proc/stat").read_text().split()[1:]
+    """A thread that burns half a second is in it, and it never exceeds what the processors have."""
+    began, own = time.monotonic(), time.process_time()
     busy, stolen = _load.processor_time()
-    user, nice, system, _, _, irq, softirq, steal = (int(value) / 100 for value in fields[:8])
-    assert busy == pytest.approx(user + nice + system + irq + softirq, abs=2)
-    assert stolen == pytest.approx(steal, abs=1)
+    while time.process_time() < own + 0.5:
+        pass
+    now = _load.processor_time()
+    took = time.monotonic() - began
+    assert 0.45 <= now[0] - busy <= took * (os.cpu_count() or 1) + 0.1
+    assert 0 <= now[1] - stolen <= took * (os.cpu_count() or 1)
+
+
+def test_a_watched_process_has_its_own_clock(pair: tuple[Namespace, Namespace]) -> None:
+    burning = pair[1].spawn(sys.executable, "-c", "while True: pass")
+    resting = pair[1].spawn("sleep", "60")
+    common = ["--warmup=0.1", "--seconds=0.5", "--tag=7"]
+    for watched, bounds in ((burning, (0.1, 0.8)), (resting, (0.0, 0.01))):
+        sink = [*common, f"--watch={watched.pid}"]
+        seen, _ = exchange(pair, "udp", sink, [*common, "--rate=1000"])
+        assert bounds[0] <= seen["used"]["watched"] <= bounds[1]
+
+
+def test_connections_are_counted_where_they_are_accepted(pair: tuple[Namespace, Namespace]) -> None:
+    timing = ["--warmup=0.1", "--seconds=0.4"]
+    seen, made = exchange(pair, "connect", timing, timing)
+    assert 0.4 <= seen["seconds"] < 0.6
+    assert 0 < seen["accepted"] <= made["made"]
+    assert made["failed"] == 0
+
+
+def test_data_can_come_towards_the_one_who_connects(pair: tuple[Namespace, Namespace]) -> None:
+    common = ["--warmup=0.1", "--seconds=0.3", "--flows=2", "--congestion=reno"]
+    source = pair[1].spawn(*LOAD, "tcp-source", *common)
+    assert source.stdout is not None
+    assert source.stdout.readline() == "ready\n"
+    seen = result(pair[0].spawn(*LOAD, "tcp-sink", *common, f"--host={SINK}"))
+    sent = result(source)
+    assert 0 < seen["bytes"] < sent["sent"]
+    assert sent["congestion"] == "reno"
+
+
+def test_a_spread_reaches_every_subnet(pair: tuple[Namespace, Namespace]) -> None:
+    pair[1].command("ip", "route", "add", "local", "10.192.0.0/16", "dev", "lo")
+    pair[0].command("ip", "route", "add", "10.192.0.0/16", "via", SINK)
+    sets = "add set netdev t seen { type ipv4_addr; flags dynamic; size 1000; };"
+    nft(pair[1], f"{sets} add rule netdev t in udp dport 5301 add @seen {{ ip daddr }}")
+    sink = pair[1].spawn(*LOAD, "udp-sink", "--seconds=0.3", "--warmup=0", "--tag=5")
+    assert sink.stdout is not None
+    assert sink.stdout.readline() == "ready\n"
+    flags = ["--rate=5000", "--seconds=0.3", "--warmup=0", "--tag=5", "--spread=200"]
+    sent = result(pair[0].spawn(*LOAD, "udp-source", "10.192.0.2", *flags))
+    assert result(sink)["all_received"] == sent["sent"]
+    listing = json.loads(pair[1].command("nft", "-j", "list", "set", "netdev", "t", "seen").stdout)
+    reached = next(item["set"]["elem"] for item in listing["nftables"] if "set" in item)
+    assert set(reached) == {f"10.192.{number}.2" for number in range(200)}
+
+
+def test_the_timeline_has_the_gap_in_its_place(pair: tuple[Namespace, Namespace]) -> None:
+    """The source is stopped for a fifth of a second: that silence is seen, once, and nowhere else."""
+    sink = pair[1].spawn(*LOAD, "udp-sink", "--seconds=1.5", "--warmup=0.1", "--tag=5", "--slice=0.01")
+    assert sink.stdout is not None
+    assert sink.stdout.readline() == "ready\n"
+    source = pair[0].spawn(*LOAD, "udp-source", SINK, "--rate=5000", "--seconds=1.5", "--warmup=0.1", "--tag=5")
+    time.sleep(0.9)
+    source.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    time.sleep(0.2)
+    source.send_signal(signal.SIGCONT)
+    seen = result(sink)
+    assert seen["longest_gap"] >= 0.15
+    assert sum(count for count, _ in seen["timeline"]) == seen["received"]
+    longest = max(range(len(seen["timeline"])), key=lambda number: seen["timeline"][number][1])
+    ended = seen["started"] + (longest + 1) * 0.01
+    assert stopped + 0.15 <= ended <= stopped + 0.4
+    empty = [number for number, (count, _) in enumerate(seen["timeline"]) if count == 0]
+    assert len([number for number in empty if longest - 25 <= number < longest]) >= 10

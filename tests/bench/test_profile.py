@@ -20,6 +20,16 @@ def test_the_four_profiles() -> None:
     assert found["p3"].ethtool == {**TUNNEL, "tx-udp-segmentation": False, "tso": False, "gso": False}
     assert {one.congestion for one in found.values()} == {"cubic"}
     assert {one.mtu for one in found.values()} == {1500}
+    assert {(one.loss, one.delay_ms) for one in found.values()} == {(0.0, 0.0)}
+
+
+def test_the_profiles_of_a_bad_or_large_underlay() -> None:
+    assert profile.load("jumbo").mtu == 9000
+    for name, loss in (("loss0.1", 0.001), ("loss1", 0.01)):
+        found = profile.load(name)
+        assert found.loss == loss
+        assert not any(found.ethtool.values())
+    assert profile.load("delay1").delay_ms == 1.0
 
 
 def test_every_profile_of_the_package_is_whole() -> None:
@@ -46,6 +56,9 @@ def test_a_profile_of_the_users_is_one_file(tmp_path: Path) -> None:
         ('title = "x"\n[underlay]\nmtu = 100', "underlay.mtu"),
         ('title = "x"\n[ethtool]\ngro = "off"', "ethtool.gro must be true or false"),
         ('title = "x', "Unterminated string"),
+        ('title = "x"\n[underlay]\nloss = 0.01', "underlay.loss needs tx-udp-segmentation = false, tso = false"),
+        ('title = "x"\n[underlay]\nloss = 2', "underlay.loss must be a number from 0 to 0.5"),
+        ('title = "x"\n[underlay]\ndelay_ms = true', "underlay.delay_ms must be a number"),
     ],
 )
 def test_a_wrong_profile_is_told_where(text: str, said: str) -> None:
