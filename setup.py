@@ -28,6 +28,14 @@ LOAD_GENERATOR = Extension(
     extra_compile_args=COMPILE_ARGS,
 )
 
+MICRO_BENCHMARKS = Extension(
+    "dataplane.bench._micro",
+    ["bench/_micro.pyx"],
+    include_dirs=["ext/dataplane"],
+    depends=["ext/dataplane/checksum.h"],
+    extra_compile_args=COMPILE_ARGS,  # the packet path's own: the same functions are measured
+)
+
 setup(
     ext_modules=cythonize(  # type: ignore[no-untyped-call]  # Cython has no annotations
         [
@@ -40,7 +48,7 @@ setup(
             )
             for name in MODULES
         ]
-        + [LOAD_GENERATOR],
+        + [LOAD_GENERATOR, MICRO_BENCHMARKS],
         include_path=["ext"],
         build_dir="build/cython",
         compiler_directives={
