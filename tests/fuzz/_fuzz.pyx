@@ -1,8 +1,9 @@
-"""Owns the fuzz targets: decapsulation, encapsulation, segmentation and coalescing, run without any Python object.
+"""Owns the fuzz targets: decapsulation, encapsulation, segmentation, coalescing and the taps that look on, run without
+any Python object.
 
 Every packet ends where its memory ends, so that a byte read too far is a crash; what the engine writes is held against
 properties that are checked in the plainest way. An execution depends on its number alone, and that number stands in
-shared memory before it begins: a crash can be repeated.
+shared memory before it begins: a crash can be repeated. What the taps recorded is read behind each block of executions.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -16,7 +17,8 @@ from dataplane._offload cimport (
 )
 from dataplane._pump cimport engine_state
 from dataplane._rx cimport PACKETS, rx_state, take_message
-from dataplane._tx cimport ICMP_BURST, take_packet, tx_state
+from dataplane._tap cimport TapSet, tap_set
+from dataplane._tx cimport HEADROOM, ICMP_BURST, take_packet, tap_parts, tx_state
 from dataplane._udpio cimport RUN_DATAGRAMS, add_control, facts_of, prepare_inbox, udp_run
 from dataplane.abi cimport *
 from dataplane.headers cimport (
@@ -29,6 +31,7 @@ cdef enum:
     BATCH = 12               # packets that are coalesced together
     LARGE = 1 << 17          # bytes of the slots that hold whole superframes
     SLOTS = 16               # peers' counters, of both IP versions
+    BLOCK = 4096             # executions between two looks into the taps
 
 cdef struct bench:
     engine_state* engine
@@ -48,6 +51,7 @@ cdef struct bench:
     uint8_t expected[65536]
     uint8_t found[65536]
     uint64_t wrong
+    const tap_set* taps[2]   # of packets, and of frames
     bint reached             # by this execution: a superframe was cut or made
     const char* broken       # the property that did not hold
 
@@ -359,6 +363,11 @@ cdef void check_accepted(bench* b, const uint8_t* first, bint v6, uint32_t peer)
             must(b, packet.data[0] >> 4 == (6 if v6 else 4), b"a device carries its IP version only")
 
 
+cdef inline void arm(bench* b, uint64_t* state) noexcept nogil:
+    """Somebody looks on every other time."""
+    b.engine.rx.taps = b.engine.tx.taps = b.taps[b.engine.vxlan] if one_in(state, 2) else NULL
+
+
 cdef void fuzz_receive(bench* b, uint64_t* state) noexcept nogil:
     """A message as UDP_GRO hands it over: datagrams of one size, the last may be shorter; packets, or frames, or one frame
     with a superframe in it."""
@@ -373,6 +382,7 @@ cdef void fuzz_receive(bench* b, uint64_t* state) noexcept nogil:
     cdef int gro, ecn = <int>below(state, 4)
     cdef uint64_t before
     engine.vxlan = one_in(state, 2)
+    arm(b, state)
     engine.link.ethertype = ETHERTYPE_IPV6 if v6 else ETHERTYPE_IPV4
     draw_flow(state, &flow, v6)
     if not one_in(state, 8):
@@ -451,6 +461,7 @@ cdef void fuzz_transmit(bench* b, uint64_t* state) noexcept nogil:
     cdef uint64_t dropped, cut = engine.tx.superframes
     cdef ip_view view
     engine.vxlan = one_in(state, 2)
+    arm(b, state)
     engine.senders_count = 1 + below(state, 8)
     if one_in(state, 4):
         spoil_header(state, &tx.header, length)
@@ -462,10 +473,13 @@ cdef void fuzz_transmit(bench* b, uint64_t* state) noexcept nogil:
     if tx.header.gso_type and parse_ip(packet, length, &view) == DROP_REASONS:
         plan_split(&tx.header, packet, view.length, &plan)
     dropped = all_drops(engine.tx.drops)
+    tx.buffers = packet - HEADROOM           # where the batch's first packet lies
     take_packet(engine, tx, <const fib_table*>engine.table, packet, length)
     for i in range(tx.outbox.count):
         check_run(b, &tx.outbox.runs[i])
         datagrams += tx.outbox.runs[i].count
+        if engine.tx.taps != NULL:
+            tap_parts(engine, tx, &tx.outbox.runs[i], 0, tx.outbox.runs[i].used, DROP_REASONS)
         must(b, tx.outbox.runs[i].socket < engine.senders_count, b"a run has a socket")
         must(b, engine.vxlan or tx.outbox.runs[i].ecn == 0, b"only frames carry congestion marks outside")
     dropped = all_drops(engine.tx.drops) - dropped
@@ -560,6 +574,7 @@ cdef bint prepare(bench* b, Fib fib, int sink):
         if b.packets[i] == NULL:
             return False
     b.engine.table = fib.table
+    b.engine.rx.table = b.engine.tx.table = fib.table
     b.engine.tun = sink
     b.engine.udp = b.engine.icmp_v4 = b.engine.icmp_v6 = b.engine.stop_fd = b.engine.event_fd = -1
     b.engine.senders_count = 1
@@ -582,25 +597,35 @@ cdef bint prepare(bench* b, Fib fib, int sink):
     return b.engine.sent != NULL and b.engine.received != NULL
 
 
-def run(uint64_t first, uint64_t count, Fib fib not None, int sink, uint64_t[::1] position not None):
-    """Execute `count` executions from number `first` on; `position[0]` is the number of the current one. Returns what
-    was reached, and the number and property of the first that failed. Call it once in a process: nothing is freed."""
+def run(uint64_t first, uint64_t count, Fib fib not None, list taps not None, TapSet of_packets not None,
+        TapSet of_frames not None, int sink, uint64_t[::1] position not None):
+    """Execute `count` executions from number `first` on; `position[0]` is the number of the current one. `taps` are
+    those of both sets. Returns what was reached, and the number and property of the first that failed. Call it once in
+    a process: nothing is freed."""
     cdef bench* b = <bench*>calloc(1, sizeof(bench))
-    cdef uint64_t number = first, reached = 0
+    cdef uint64_t number = first, reached = 0, end
     cdef uint64_t* now = &position[0]
     if b == NULL or not prepare(b, fib, sink):
         raise MemoryError
-    with nogil:
-        while number < first + count and b.broken == NULL:
-            store_u64(now, number)
-            execute(b, number)
-            reached += b.reached
-            number += 1
+    b.taps[0] = &of_packets.armed
+    b.taps[1] = &of_frames.armed
+    while number < first + count and b.broken == NULL:
+        end = min(number + BLOCK, first + count)
+        with nogil:
+            while number < end and b.broken == NULL:
+                store_u64(now, number)
+                execute(b, number)
+                reached += b.reached
+                number += 1
+        for tap in taps:
+            while len(tap.drain(<uint64_t>-1, BLOCK)):
+                pass
     return {
         "executions": number - first,
         "reached": reached,
         "segments": b.segments,
         "merged": b.merged,
         "accepted": b.accepted,
+        "tapped": sum([tap.statistics[0] for tap in taps]),
         "failed": None if b.broken == NULL else (number - 1, (<bytes>b.broken).decode()),
     }

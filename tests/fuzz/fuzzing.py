@@ -18,10 +18,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from dataplane.debug import expression
+from dataplane.errors import DropReason
 from tests.fuzz.building import ROOT, build_fuzzer
 
 ROUTE = struct.Struct("=16s16sIHBB6s2x")  # see dataplane._fib.Fib.updated
 PEERS = 4
+FILTER = (
+    "not (tcp and src port 1 and greater 60000) and (drop or net 10.1.0.0/16 or ip6 net fd00::/16 or icmp or icmp6"
+    " or peer 198.18.0.1 or peer fd00:198:18::1 or vni 1 or less 100 or udp portrange 1-40000)"
+)
+"""Asks all that a filter can ask."""
 
 
 def routes() -> bytes:
@@ -45,11 +52,19 @@ def run_here(built: Path, first: int, count: int, position: Path) -> int:
     import _fuzz  # type: ignore[import-not-found]  # compiled on demand
 
     from dataplane._fib import Fib
+    from dataplane._tap import Tap, TapSet
+
+    reasons = tuple(reason.name.encode() for reason in DropReason)
+    chosen = expression.compile_filter(expression.parse(FILTER))
+    taps = [Tap(chosen, 99, 1 << 20, reasons), Tap(b"", 65535, 1 << 20, reasons)]
+    ends = {"port": 1, "peers_port": 1, "ports": tuple(range(8)), "ttl": 64, "dont_fragment": True}
+    of_packets = TapSet(taps, local=bytes((198, 18, 0, 9)), **ends)
+    of_frames = TapSet(taps, local=b"\xfd" + bytes(14) + b"\x09", vni=1, skip=22, path=1, **ends)
 
     with position.open("r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE) as shared:
         words = memoryview(shared).cast("Q")
         sink = os.open(os.devnull, os.O_WRONLY)
-        found = _fuzz.run(first, count, Fib(routes()), sink, words)
+        found = _fuzz.run(first, count, Fib(routes()), taps, of_packets, of_frames, sink, words)
         words.release()
     sys.stdout.write(json.dumps(found) + "\n")
     return 1 if found["failed"] else 0

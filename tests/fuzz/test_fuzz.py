@@ -30,6 +30,7 @@ def test_no_input_crashes_or_breaks_a_property(built: Path) -> None:
     assert found["executions"] >= COUNT
     assert found["reached"] * 4 >= COUNT, f"too few executions cut or made a superframe: {found}"
     assert found["accepted"] * 4 >= COUNT, f"too few datagrams were accepted: {found}"
+    assert found["tapped"] * 4 >= COUNT, f"too few packets were shown to taps: {found}"
 
 
 def test_an_execution_can_be_repeated(built: Path) -> None:
