@@ -59,8 +59,9 @@ def _network(stand: Stand, node: int) -> plan.PodNetwork | None:
     if "FLANNEL_MTU" not in text:
         return None
     network = plan.PodNetwork.parse(text, str(_subnet_file(stand, node)))
-    if network.subnet != stand.subnet(node):
-        raise LabError(f"n{node} was given {network.subnet}, not {stand.subnet(node)}, which its subnet file asked for")
+    subnet = network.bridge.network if network.bridge else None
+    if subnet != stand.subnet(node):
+        raise LabError(f"n{node} was given {subnet}, not {stand.subnet(node)}, which its subnet file asked for")
     return network
 
 
