@@ -18,6 +18,7 @@ from dataplane.options import Options
 from dataplane.path.capability import Capability
 
 if TYPE_CHECKING:
+    from dataplane.backend.direct import DirectRoutes, UserspaceBackend
     from dataplane.backend.userspace import Tuning
     from dataplane.kernel.netlink import Netlink
 
@@ -56,10 +57,14 @@ async def make_backend(
     """The backend that the net-conf names. Raises ConfigError for one that this node or this version cannot carry."""
     match network.backend:
         case netconf.UdpConfig() as config:
-            return _udp(options, network, config, facing, netlink, memory)
+            routes = _direct_routes(network) if config.direct_routing else None
+            udp = _udp(options, network, config, facing, netlink, memory, routes)
+            return _beside(udp, routes)
         case netconf.VxlanConfig() as config:
             if await _dataplane(options, config, netlink) == "userspace":
-                return _vxlan(options, network, config, facing, netlink, memory)
+                routes = _direct_routes(network) if config.direct_routing else None
+                vxlan = _vxlan(options, network, config, facing, netlink, memory, routes)
+                return _beside(vxlan, routes)
             from dataplane.backend.kernel_vxlan import KernelVxlanBackend
 
             return KernelVxlanBackend(facing, network, config, netlink)
@@ -92,7 +97,8 @@ def _udp(
     facing: Underlay,
     netlink: Netlink,
     memory: Memory,
-) -> Backend:
+    routes: DirectRoutes | None,
+) -> UserspaceBackend:
     from dataplane.backend.udp import UdpBackend
 
     return UdpBackend(
@@ -103,6 +109,7 @@ def _udp(
         _tuning(options, config.switched_off),
         device=memory.device,
         on_device=memory.keep_device,
+        on_peers=None if routes is None else routes.follow,
     )
 
 
@@ -113,7 +120,8 @@ def _vxlan(
     facing: Underlay,
     netlink: Netlink,
     memory: Memory,
-) -> Backend:
+    routes: DirectRoutes | None,
+) -> UserspaceBackend:
     from dataplane.backend.vxlan import VxlanBackend, VxlanWire
 
     return VxlanBackend(
@@ -125,7 +133,20 @@ def _vxlan(
         macs=memory.macs,
         on_macs=memory.keep_macs,
         on_device=memory.keep_device,
+        on_peers=None if routes is None else routes.follow,
     )
+
+
+def _direct_routes(network: NetworkConfig) -> DirectRoutes:
+    from dataplane.backend.direct import DirectRoutes
+
+    return DirectRoutes(network)
+
+
+def _beside(backend: UserspaceBackend, routes: DirectRoutes | None) -> Backend:
+    from dataplane.backend.direct import DirectlyRouted
+
+    return backend if routes is None else DirectlyRouted(backend, routes)
 
 
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:

@@ -114,6 +114,15 @@ class PeerEntries:
         """Look after everything from now on."""
         self._attention.start()
 
+    async def remove(self) -> None:
+        """Take away every entry that the kernel lets us; for a backend that leaves nothing. Then comes `close`."""
+        await self._attention.close()
+        if self._kernel is not None:
+            async with self._turn:
+                gone, self._peers = list(self._needs), {}
+                with contextlib.suppress(KernelError):
+                    await self._replan(gone)
+
     async def close(self) -> None:
         """Safe to call at any point of the life, and twice."""
         await self._attention.close()

@@ -35,9 +35,7 @@ class HostGwBackend:
         self._network = network
         self._facing = facing
         self._check(facing)
-        self._families = [
-            Peers(within.version, _no_mac) for within in (network.network, network.ipv6_network) if within is not None
-        ]
+        self._families = [Peers(within.version, _no_mac) for within in network.networks]
         self._entries = PeerEntries(
             self._plan,
             stale=self._is_stale,
@@ -116,8 +114,7 @@ class HostGwBackend:
 
     def _scopes(self) -> list[Scope]:
         # a former daemon may have had another interface
-        versions = [4] * (self._network.network is not None) + [6] * (self._network.ipv6_network is not None)
-        return [rtnetlink.routes_of(version, 0) for version in versions]
+        return [rtnetlink.routes_of(within.version, 0) for within in self._network.networks]
 
     def _is_stale(self, entry: Entry) -> bool:
         return entry.scope.table is Table.ROUTE and self._network.is_subnet(rtnetlink.destination_of(entry))

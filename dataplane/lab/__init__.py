@@ -259,6 +259,8 @@ class Lab:
         owned = {node: _owned(status["lease"], status["backend"]) for node, status in statuses.items()}
         held = set().union(*owned.values())
         for node, status in statuses.items():
+            if status["dataplane"] == "none":
+                continue  # alloc: nobody is carried anywhere
             known = {(peer["subnet"], peer["public_ip"]) for peer in status["peers"]} | owned[node]
             if held - known:
                 return node, min(held - known)[0]
