@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from dataplane.debug import expression
 from dataplane.errors import DropReason
@@ -57,7 +58,7 @@ def run_here(built: Path, first: int, count: int, position: Path) -> int:
     reasons = tuple(reason.name.encode() for reason in DropReason)
     chosen = expression.compile_filter(expression.parse(FILTER))
     taps = [Tap(chosen, 99, 1 << 20, reasons), Tap(b"", 65535, 1 << 20, reasons)]
-    ends = {"port": 1, "peers_port": 1, "ports": tuple(range(8)), "ttl": 64, "dont_fragment": True}
+    ends: Any = {"port": 1, "peers_port": 1, "ports": tuple(range(8)), "ttl": 64, "dont_fragment": True}
     of_packets = TapSet(taps, local=bytes((198, 18, 0, 9)), **ends)
     of_frames = TapSet(taps, local=b"\xfd" + bytes(14) + b"\x09", vni=1, skip=22, path=1, **ends)
 

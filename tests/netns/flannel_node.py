@@ -26,7 +26,7 @@ class FlannelNode:
         self.lab = lab
         self.node: Node = lab.add_node(start=False)
         self.versions = lab.settings.versions
-        self.subnets = {4: SUBNET, 6: SUBNET_V6}
+        self.subnets: dict[int, IPv4Network | IPv6Network] = {4: SUBNET, 6: SUBNET_V6}
         self.outer: dict[int, IPv4Address | IPv6Address] = {a.version: a.ip for a in self.node.addresses}
         self.macs = {4: "02:00:00:00:c8:04", 6: "02:00:00:00:c8:06"}
         self.mtu = lab.settings.underlay_mtu - max(OVERHEAD[version] for version in self.versions)
@@ -58,11 +58,13 @@ class FlannelNode:
         """Another MAC on the device, and then in the lease."""
         self.macs[4] = f"02:00:00:00:c9:{last:02x}"
         self._ip(f"link set {DEVICES[4]} address {self.macs[4]}")
+        self.learn()  # the kernel forgets every neighbour of a device whose MAC changes
         self.put_lease()
 
     def change_public_ip(self, address: IPv4Address) -> None:
         """Another underlay address: the device is made anew with it, as flannel does it, then the lease says so."""
         former, self.outer[4] = self.outer[4], address
+        self.lab.run(self.node.name, ["sysctl", "-qw", "net.ipv4.conf.eth0.promote_secondaries=1"])
         self._ip(f"addr add {address}/{plan.UNDERLAY.prefixlen} dev eth0", f"link del {DEVICES[4]}")
         self._make_device(4)
         self.learn()

@@ -41,7 +41,9 @@ def carry_everything(lab: Lab, profile: str, ways: list[list[tuple[str, str]]] =
     for version in lab.settings.versions:
         for pairs in ways:
             with ThreadPoolExecutor(len(pairs)) as pool:
-                list(pool.map(lambda pair: carry(lab, *pair, version, mtu, profile), pairs))  # noqa: B023  # called at once
+                done = [pool.submit(carry, lab, one, other, version, mtu, profile) for one, other in pairs]
+            for future in done:
+                future.result()
 
 
 def carry(lab: Lab, one: str, other: str, version: int, mtu: int, profile: str) -> None:
@@ -66,8 +68,8 @@ def set_features(lab: Lab, device: str, nodes: tuple[str, ...], features: str) -
 def test_kernel_userspace_and_a_node_made_by_hand_carry_everything(make_lab: MakeLab) -> None:
     lab = make_lab(2, backend="vxlan", dataplane="kernel,userspace", families="46", store="etcd")
     FlannelNode(lab).raise_up()
-    for node in ("n1", "n2"):
-        until("the lease is known", lambda: len(status_of(lab.node(node))["peers"]) == 4)  # noqa: B023  # called at once
+    for name in ("n1", "n2"):
+        until("the lease is known", lambda: len(status_of(lab.node(name))["peers"]) == 4)  # noqa: B023  # called at once
     assert [status_of(lab.node(name))["dataplane"] for name in ("n1", "n2")] == ["kernel", "userspace"]
     until("all pairs answer", lambda: all(pair.whole for pair in lab.ping_all(count=5)))
 

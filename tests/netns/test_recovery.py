@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,21 +35,27 @@ DEVICE = "flannel.1"
 
 
 @contextmanager
-def beating(lab: Lab, source: str, target: str) -> Iterator[dict[str, Any]]:
-    """A beat while the block runs; the result is what it lost, and its longest gap."""
+def beating(lab: Lab, one: str, other: str) -> Iterator[dict[str, Any]]:
+    """A beat each way while the block runs; the result is what both lost, and the longer of their longest gaps."""
     result: dict[str, Any] = {}
-    with lab.traffic("beat", f"{source}-p1", f"{target}-p1") as run:
+    pods = f"{one}-p1", f"{other}-p1"
+    with lab.traffic("beat", *pods) as there, lab.traffic("beat", *reversed(pods)) as back:
         time.sleep(0.3)
         yield result
         time.sleep(0.3)
-        result |= measure.verdict(run, 60)
+        verdicts = [measure.verdict(run, 60) for run in (there, back)]
+        result |= {"lost": sum(v["lost"] for v in verdicts), "gap": max(v["gap"] for v in verdicts)}
+
+
+def is_whole(lab: Lab, one: str, other: str) -> Callable[[], bool]:
+    return lambda: reaches(lab, f"{one}-p1", f"{other}-p1") and reaches(lab, f"{other}-p1", f"{one}-p1")
 
 
 def tell(event: str, dataplane: str, results: list[dict[str, Any]]) -> None:
     gaps, lost = ([1000 * result["gap"] for result in results], [result["lost"] for result in results])
-    print(
+    sys.stdout.write(
         f"\n| {event} | {dataplane} | {statistics.median(gaps):.0f} ms | {max(gaps):.0f} ms | "
-        f"{statistics.median(lost):.0f} | {max(lost)} |"
+        f"{statistics.median(lost):.0f} | {max(lost)} |\n"
     )
 
 
@@ -80,3 +87,93 @@ def test_a_daemon_is_killed_and_started_again(make_lab: MakeLab, dataplane: str)
     tell("kill -9 and start", dataplane, results)
     if dataplane == "kernel":
         assert [result["lost"] for result in results] == [0] * TRIALS
+
+
+Event = Callable[[Lab, int], None]
+"""Hurts n2; the number is that of the trial. What is to be seen of it is waited for."""
+
+
+def commands(*lines: str) -> Event:
+    def run(lab: Lab, _trial: int) -> None:
+        for line in lines:
+            lab.run("n2", line.split())
+
+    return run
+
+
+def change_address(lab: Lab, trial: int) -> None:
+    address = f"198.18.9.{trial + 1}"
+    lab.node("n2").readdress(IPv4Interface(f"{address}/15"))
+    until("n1 knows", lambda: address in {peer["public_ip"] for peer in status_of(lab.node("n1"))["peers"]})
+
+
+def change_mtu(lab: Lab, trial: int) -> None:
+    mtu = 1400 + trial
+    lab.run("n2", ["ip", "link", "set", "eth0", "mtu", str(mtu)])
+    until("the device has it", lambda: f" mtu {mtu - 50} " in lab.run("n2", ["ip", "link", "show", DEVICE]).stdout)
+    assert f"FLANNEL_MTU={mtu - 50}" in until("subnet.env says it", lambda: subnet_file_with(lab, mtu - 50))
+
+
+def subnet_file_with(lab: Lab, mtu: int) -> str:
+    text = lab.node("n2").subnet_file.read_text()
+    return text if f"FLANNEL_MTU={mtu}\n" in text else ""
+
+
+EVENTS = {
+    "ip link del flannel.1": commands(f"ip link del {DEVICE}"),
+    "ip link set flannel.1 down": commands(f"ip link set {DEVICE} down"),
+    "ip addr flush dev flannel.1": commands(f"ip addr flush dev {DEVICE}"),
+    "ip route flush dev flannel.1": commands(f"ip route flush dev {DEVICE}"),
+    "ip neigh flush, every entry": commands(f"ip neigh flush dev {DEVICE} nud all", "ip neigh flush dev eth0"),
+    "address of the underlay": change_address,
+    "MTU of the underlay": change_mtu,
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("dataplane", DATAPLANES)
+def test_what_is_taken_away_or_changed_under_load(make_lab: MakeLab, dataplane: str, event: str) -> None:
+    lab = make_lab(2, backend="vxlan", dataplane=dataplane)
+    before, results = status_of(lab.node("n2")), []
+    with lab.traffic("tcp", "n2-p1", "n1-p1", "--bytes=20000000", "--until-eof") as stream:
+        for trial in range(TRIALS):
+            with beating(lab, "n1", "n2") as result:
+                EVENTS[event](lab, trial)
+                time.sleep(0.5)
+                until(f"packets flow after {event}", lambda: lab.ping("n1-p1", "n2-p1", count=3).received)
+            results.append(result)
+        assert stream.poll() is None, "the stream did not live to see it"
+        assert measure.verdict(stream, 120)["equal"]
+    assert is_whole(lab, "n1", "n2")()
+    after = status_of(lab.node("n2"))
+    assert (after["pid"], after["lease"]["subnet"], after["ready"]) == (before["pid"], before["lease"]["subnet"], True)
+    assert max(result["gap"] for result in results) < WITHIN, results
+    tell(event, dataplane, results)
+
+
+STORE_EVENTS: dict[str, Callable[[FlannelNode, int], None]] = {
+    "a peer's MAC, in the store": lambda peer, trial: peer.change_mac(trial),
+    "a peer's public IP, in the store": lambda peer, trial: peer.change_public_ip(IPv4Address(f"198.18.8.{trial + 1}")),
+}
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize("event", STORE_EVENTS)
+@pytest.mark.parametrize("dataplane", DATAPLANES)
+def test_what_changes_in_the_store(make_lab: MakeLab, dataplane: str, event: str) -> None:
+    """Seen from n1; the other is a flannel node made by hand, whose device changes together with its lease."""
+    lab = make_lab(1, backend="vxlan", dataplane=dataplane, store="etcd")
+    peer, results = FlannelNode(lab), []
+    peer.raise_up()
+    until("n1 and the flannel node reach each other", is_whole(lab, "n1", "n2"))
+    with lab.traffic("tcp", "n1-p1", "n2-p1", "--bytes=20000000", "--until-eof") as stream:
+        for trial in range(TRIALS):
+            with beating(lab, "n1", "n2") as result:
+                STORE_EVENTS[event](peer, trial)
+                time.sleep(0.5)
+                until("packets flow again", lambda: lab.ping("n1-p1", "n2-p1", count=3).received)
+            results.append(result)
+        assert stream.poll() is None, "the stream did not live to see it"
+        assert measure.verdict(stream, 120)["equal"]
+    assert max(result["gap"] for result in results) < WITHIN, results
+    tell(event, dataplane, results)
