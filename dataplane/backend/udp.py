@@ -86,6 +86,7 @@ class UdpBackend:
             unknown_sources=dict(self._tunnel.unknown_sources),
             ignored=self._tunnel.ignored,
             capabilities={capability: self._tunnel.state_of(capability) for capability in Capability},
+            repairs=self._tunnel.repairs,
         )
 
     async def arm(self, taps: Sequence[Tap]) -> None:

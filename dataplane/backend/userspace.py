@@ -2,8 +2,8 @@
 its sockets, and the path between them.
 
 Free of: what a lease says of its node (`backend.peers`), and what the outer wire looks like (the backend's `Shape`).
-Invariant: a device that a kill has left is taken over, and after `close` nothing stands that `attach` has made; what
-strangers send can make no table here grow without bound.
+Invariant: a device that a kill has left is taken over, what others take away of it comes back, and after `close`
+nothing stands that `attach` has made; what strangers send can make no table here grow without bound.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 from typing import TypeVar
 
+from dataplane.backend.attention import Attention
 from dataplane.backend.base import PeerStatus, Underlay
 from dataplane.backend.peers import Peer, Peers
 from dataplane.errors import KernelError
 from dataplane.kernel import tun, underlay
+from dataplane.kernel.events import UNDERLAY, KernelEvents
+from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun, RouteEvent
 from dataplane.kernel.netlink import Netlink, quiet_ipv6, restrain_ipv6
 from dataplane.lease.model import LeaseEvent
 from dataplane.path.capability import Capability
@@ -154,6 +157,10 @@ class Tunnel:
         self._rebuild: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
+        self._events: KernelEvents | None = None
+        self._attention = Attention(self._look)
+        self.repairs = 0
+        """How often the device was found otherwise than it should be, and was made right."""
         self._taps: Sequence[Tap] = ()
         self._number = 0
 
@@ -200,11 +207,13 @@ class Tunnel:
         versions = {network.version for network in self._shape.networks}
         self._subnets = tuple(subnet for subnet in subnets if subnet.version in versions)
         try:
+            self._events = KernelEvents.open(UNDERLAY, self._on_news)
             async with self._turn:
                 await self._open()
         except BaseException:
             await self.close()
             raise
+        self._attention.start()
 
     async def apply(self, events: Sequence[LeaseEvent]) -> None:
         """Follow the peers: they are reached through the path before anybody else hears of them, and after."""
@@ -252,6 +261,9 @@ class Tunnel:
 
     async def close(self) -> None:
         """Device, address and routes go. Safe to call at any point of the life."""
+        await self._attention.close()
+        if self._events is not None:
+            self._events.close()
         tasks = [task for task in (self._rebuild, self._looking) if task is not None]
         for task in tasks:
             task.cancel()
@@ -287,20 +299,52 @@ class Tunnel:
         self._on_device(self._device)
         versions = {subnet.version for subnet in self._subnets}
         (restrain_ipv6 if 6 in versions else quiet_ipv6)(self._device)
-        networks = {network.version: network for network in self._shape.networks}
-        for subnet in self._subnets:
-            address = ip_interface((subnet.network_address, subnet.max_prefixlen))
-            await self._netlink.ensure_address(self._device, address, sole_within=networks[subnet.version])
-        await self._netlink.ensure_link_up(self._device, mtu=self._mtu, txqueuelen=TX_QUEUE_PACKETS)
+        await self._furnish()
         self._tun = dataclasses.replace(self._tun, granted=tun.takes_superframes(self._tun))
-        for subnet in self._subnets:
-            await self._netlink.ensure_route(networks[subnet.version], self._device)
         self._start_path(self._tun, self._sockets)
         await self._arm_again()
         await self._look_at_pods()
-        carried = " and ".join(str(networks[subnet.version]) for subnet in self._subnets)
+        carried = " and ".join(str(network) for network, _ in self._routed())
         log.info("Carrying %s through %s, MTU %d, port %d", carried, self._device, self._mtu, self._sockets.port)
         log.info("Capabilities: %s", ", ".join(f"{c.word} {self.state_of(c)}" for c in Capability))
+
+    def _routed(self) -> list[tuple[IPNetwork, IPv4Interface | IPv6Interface]]:
+        """The networks that we have a subnet of, each with the address of our device in it."""
+        networks = {network.version: network for network in self._shape.networks}
+        return [(networks[s.version], ip_interface((s.network_address, s.max_prefixlen))) for s in self._subnets]
+
+    async def _furnish(self) -> bool:
+        """Addresses, MTU, queue and routes of the device; True if something was otherwise. Raises KernelError."""
+        changed = False
+        for network, address in self._routed():
+            changed |= await self._netlink.ensure_address(self._device, address, sole_within=network)
+        changed |= await self._netlink.ensure_link_up(self._device, mtu=self._mtu, txqueuelen=TX_QUEUE_PACKETS)
+        for network, _ in self._routed():
+            changed |= await self._netlink.ensure_route(network, self._device)
+        return changed
+
+    def _on_news(self, event: KernelEvent) -> None:
+        """Look at once where the kernel tells that something of the device may be gone."""
+        match event:
+            case LinkEvent(name=name):
+                concerns = name == self._device
+            case AddressEvent(gone=True, address=address):
+                concerns = any(address.interface == ours for _, ours in self._routed())
+            case RouteEvent(gone=True, route=route):
+                concerns = any(route.destination == ours for ours, _ in self._routed())
+            case _:
+                concerns = isinstance(event, Overrun)
+        if concerns:
+            self._attention.alarm()
+
+    async def _look(self) -> None:
+        """Put right what others did to the device; one that is gone is for the path to tell."""
+        async with self._turn:
+            if self._tun is None or await self._netlink.link(self._device) is None:
+                return
+            if await self._furnish():
+                self.repairs += 1
+                log.warning("Others had changed device %s, its addresses or routes: made right", self._device)
 
     async def _look_at_pods(self) -> None:
         """Kernel VTEPs hand over TCP superframes without a word of how to cut them: so that they fit the bridge of the

@@ -118,6 +118,7 @@ class VxlanBackend:
             unknown_sources={address: n for tunnel in tunnels for address, n in tunnel.unknown_sources.items()},
             ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
             capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
+            repairs=sum(tunnel.repairs for tunnel in tunnels),
         )
 
     async def arm(self, taps: Sequence[Tap]) -> None:

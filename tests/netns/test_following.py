@@ -27,8 +27,10 @@ def knows(lab: Lab, node: Node, seen_by: str, address: str) -> Callable[[], bool
 
 
 @both_stores
-def test_a_stream_lives_on_while_its_node_gets_another_address(make_lab: MakeLab, store: str) -> None:
-    lab = make_lab(2, store=store)
+@pytest.mark.parametrize("backend", ["udp", "host-gw"])
+def test_a_stream_lives_on_while_its_node_gets_another_address(make_lab: MakeLab, store: str, backend: str) -> None:
+    """For vxlan see test_recovery."""
+    lab = make_lab(2, store=store, backend=backend)
     node = lab.node("n2")
     before = status_of(node)
     with lab.traffic("tcp", "n1-p1", "n2-p1", "--bytes=200000000", "--until-eof") as run:
@@ -54,6 +56,18 @@ def test_another_mtu_reaches_the_device_and_the_subnet_file(make_lab: MakeLab) -
     assert status_of(node)["mtu"] == 1372
     assert " mtu 1372 " in lab.run("n1", ["ip", "link", "show", "flannel0"]).stdout
     assert reaches(lab, "n1-p1", "n2-p1")
+
+
+def test_another_mtu_of_host_gw_reaches_the_subnet_file_while_a_stream_lives_on(make_lab: MakeLab) -> None:
+    lab = make_lab(2, backend="host-gw")
+    node = lab.node("n1")
+    with lab.traffic("tcp", "n1-p1", "n2-p1", "--bytes=20000000", "--until-eof") as run:
+        lab.run("n1", ["ip", "link", "set", "eth0", "mtu", "1400"])
+        until("subnet.env says it", lambda: "FLANNEL_MTU=1400" in node.subnet_file.read_text())
+        until("packets flow", lambda: lab.ping("n1-p1", "n2-p1", count=3).received > 0)
+        assert run.poll() is None
+        assert measure.verdict(run, 120)["equal"]
+    assert status_of(node)["mtu"] == 1400
 
 
 def test_an_address_that_is_gone_for_a_moment_changes_nothing(make_lab: MakeLab) -> None:
