@@ -1,4 +1,4 @@
-"""Owns the order of the tests, and that a missing privilege or tool is a failure and never a skip.
+"""Owns the order of the tests, their patience, and that a missing privilege or tool is a failure and never a skip.
 
 Fast tests come first, then those that start etcd, then those that build network namespaces, so that a plain mistake
 shows in seconds.
@@ -9,9 +9,14 @@ from __future__ import annotations
 import functools
 
 import pytest
+from hypothesis import settings
 
 from dataplane.errors import ConfigError
 from dataplane.lab.machine import check_machine, missing_packages
+
+# no example is judged by how long it took: a busy machine, or a sanitizer, is not a fault
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @functools.cache
