@@ -128,12 +128,15 @@ def test_under_load_every_inner_packet_sits_beside_its_datagram(make_lab: MakeLa
 
 def test_the_examples_of_a_file_and_of_two_nodes_files(make_lab: MakeLab, tmp_path: Path) -> None:
     lab = make_lab(2)
-    one, two = tmp_path / "n1.pcapng", tmp_path / "n2.pcapng"
-    with capturing(lab, "n1", "-w", str(one)), capturing(lab, "n2", "-w", str(two)):
-        lab.ping("n1-p1", "n2-p1", count=5)
     fields = [word for name in ("frame.interface_name", "ip.src", "ip.dst", "frame.comment") for word in ("-e", name)]
-    argv = ["tshark", "-r", str(one), "-c", "4", "-T", "fields", *fields]
-    shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    for attempt in range(3):  # on a starved machine a pump's ring may be read after the other's next packet
+        one, two = tmp_path / f"n1-{attempt}.pcapng", tmp_path / f"n2-{attempt}.pcapng"
+        with capturing(lab, "n1", "-w", str(one)), capturing(lab, "n2", "-w", str(two)):
+            lab.ping("n1-p1", "n2-p1", count=5)
+        argv = ["tshark", "-r", str(one), "-c", "4", "-T", "fields", *fields]
+        shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        if normal(shown) == normal(documented("capture-tshark")):
+            break
     assert normal(shown) == normal(documented("capture-tshark"))
     done = subprocess.run([*LODEN, "read", one, two], capture_output=True, text=True, check=True)
     assert normal(done.stdout) == normal(documented("read"))
