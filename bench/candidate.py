@@ -111,6 +111,9 @@ class KernelLeases:
         _point(self._stand, 1, leases)
         self._fdb([f"fdb del {lease.mac} dev {_DEVICE} dst {lease.address} self" for lease in changed])
 
+    def rehearse(self, leases: Sequence[FarLease]) -> None:
+        """There is no store whose work could be told from the change itself."""
+
     def clear(self) -> None:
         there = list(self._there.values())
         self._there.clear()

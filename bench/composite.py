@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dataplane.bench import exchange, far
 from dataplane.bench.ends import MOST_FAR, Ends, FarLease, Timing, far_leases
 from dataplane.bench.stand import Stand
-from dataplane.errors import LodenError
 from dataplane.lab import LabError
 
 LOST = 0.001
@@ -99,8 +101,9 @@ def settle(stand: Stand, ends: Ends, leases: list[FarLease]) -> float:
 
 
 def publish(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR, least: float = 8.0) -> dict[str, Any]:
-    """Under load to all of `count` leases, each of these moves to another node at once; beside it the same without.
-    Both samples take `least` seconds at least: so long a change may take."""
+    """Under load to all of `count` leases, each of these moves to another node at once. Beside it the same with a store
+    that is written as much where no daemon looks, so that what is seen is the daemon's part. Both samples take `least`
+    seconds at least: so long a change may take."""
     if ends.leases is None:
         return {"skipped": ends.why_no_leases}
     leases, moved = far_leases(count), far_leases(count, generation=1)
@@ -111,13 +114,8 @@ def publish(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR, lea
             settle(stand, ends, leases)
             most = exchange.udp(stand, to, timing, _SIZE, spread=count)["kpps"]
             rate = _SHARE * most * 1e3
-            quiet = exchange.udp(stand, to, length, _SIZE, rate, count)
-            change = _Change(stand, ends, moved, length.warmup + 0.5)
-            change.start()
-            disturbed = exchange.udp(stand, to, length, _SIZE, rate, count)
-            change.join()
-            if change.failure is not None:
-                raise change.failure
+            quiet, _ = _during(partial(ends.leases.rehearse, moved), stand, to, length, rate, count)
+            disturbed, took = _during(partial(ends.leases.put, moved), stand, to, length, rate, count)
             _taken(stand, ends, leases, length)
         finally:
             ends.leases.clear()
@@ -127,7 +125,7 @@ def publish(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR, lea
         "loss": disturbed["loss"],
         "quiet_loss": quiet["loss"],
         "kpps": disturbed["kpps"],
-        "changed_s": change.took,
+        "changed_s": took,
         "stolen_s": quiet["stolen_s"] + disturbed["stolen_s"],
     }
 
@@ -141,27 +139,21 @@ def _taken(stand: Stand, ends: Ends, leases: list[FarLease], length: Timing) -> 
         raise LabError(f"{len(leases)} leases are not changed in the {length.seconds:.0f} s of a sample")
 
 
-class _Change(threading.Thread):
-    """Moves all leases after a delay. `took`: seconds of it, `failure`: why it did not come about."""
+def _during(
+    work: Callable[[], None], stand: Stand, to: Ends, length: Timing, rate: float, count: int
+) -> tuple[dict[str, Any], float]:
+    """A sample with `work` done half a second into its window, and the seconds that this took. Raises LodenError."""
+    with ThreadPoolExecutor(1, thread_name_prefix="change of leases") as pool:
+        done = pool.submit(_delayed, work, length.warmup + 0.5)
+        figures = exchange.udp(stand, to, length, _SIZE, rate, count)
+        return figures, done.result()
 
-    def __init__(self, stand: Stand, ends: Ends, leases: list[FarLease], delay: float) -> None:
-        super().__init__(name="change of leases")
-        self._stand = stand
-        self._ends = ends
-        self._leases = leases
-        self._delay = delay
-        self.took = 0.0
-        self.failure: LodenError | None = None
 
-    def run(self) -> None:
-        time.sleep(self._delay)
-        began = time.monotonic()
-        try:
-            assert self._ends.leases is not None  # noqa: S101 - publish() has looked
-            self._ends.leases.put(self._leases)
-        except LodenError as error:
-            self.failure = error
-        self.took = time.monotonic() - began
+def _delayed(work: Callable[[], None], seconds: float) -> float:
+    time.sleep(seconds)
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 def gil(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class Leases(Protocol):
     def put(self, leases: Sequence[FarLease]) -> None:
         """Add them, or change what stands under their subnets. Raises LodenError."""
 
+    def rehearse(self, leases: Sequence[FarLease]) -> None:
+        """Do the work of writing them where no node of this network looks."""
+
     def clear(self) -> None:
         """Remove all that were put."""
 

@@ -14,6 +14,7 @@ from dataplane.bench.stand import Stand
 from dataplane.lab import LabError, plan
 
 _PREFIX = "/coreos.com/network"
+_ELSEWHERE = "/elsewhere"
 _AT_ONCE = 1000
 """Puts in one transaction; what plan.etcd allows."""
 _ROLE = "etcd"
@@ -53,9 +54,9 @@ class Etcd:
             raise LabError(f"etcd has no lease for {subnet}: {text!r}") from None
         return found
 
-    def put(self, values: Mapping[str, str]) -> None:
+    def put(self, values: Mapping[str, str], prefix: str = _PREFIX) -> None:
         """Leases by their subnets, as few transactions as go. Raises LabError."""
-        puts = [f"put {_PREFIX}/subnets/{subnet} {json.dumps(value)}" for subnet, value in values.items()]
+        puts = [f"put {prefix}/subnets/{subnet} {json.dumps(value)}" for subnet, value in values.items()]
         self._transact(puts)
 
     def remove(self, subnets: Sequence[str]) -> None:
@@ -84,10 +85,16 @@ class EtcdLeases:
         self._put: set[str] = set()
 
     def put(self, leases: Sequence[FarLease]) -> None:
-        pattern = self._etcd.lease(self._own)
-        values = {str(lease.subnet).replace("/", "-"): _value(pattern, lease) for lease in leases}
+        values = self._values(leases)
         self._put.update(values)
         self._etcd.put(values)
+
+    def rehearse(self, leases: Sequence[FarLease]) -> None:
+        self._etcd.put(self._values(leases), _ELSEWHERE)
+
+    def _values(self, leases: Sequence[FarLease]) -> dict[str, str]:
+        pattern = self._etcd.lease(self._own)
+        return {str(lease.subnet).replace("/", "-"): _value(pattern, lease) for lease in leases}
 
     def clear(self) -> None:
         self._etcd.remove(sorted(self._put))

@@ -71,9 +71,9 @@ FIGURES: dict[str, Mapping[str, Figure]] = {
     },
     "publish": {
         "gap_ms": Figure("ms, longest gap while leases change", False, compared=False),
-        "quiet_gap_ms": Figure("ms, longest gap without", False, compared=False),
+        "quiet_gap_ms": Figure("ms, longest gap while the store is written elsewhere", False, compared=False),
         "loss": Figure("loss while leases change", False, compared=False),
-        "quiet_loss": Figure("loss without", False, compared=False),
+        "quiet_loss": Figure("loss while the store is written elsewhere", False, compared=False),
         "kpps": Figure("kpps", True, compared=False),
         "changed_s": Figure("s to write the change", False, compared=False),
     },
