@@ -28,8 +28,9 @@ from tests.netns.observing import reaches, status_of, until
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
 
 TRIALS = int(os.environ.get("LODEN_RECOVERY_TRIALS", "1"))
-WITHIN = 5.0
-"""Seconds; what takes longer is no recovery. A bound for the test, not what is promised."""
+WITHIN = 5.0 if TRIALS == 1 else 15.0
+"""Seconds; what takes longer is no recovery. A bound for the test, not what is promised. A node whose address changes
+again and again is followed ever more slowly, hence more for many trials."""
 DATAPLANES = ("kernel", "userspace")
 DEVICE = "flannel.1"
 
