@@ -6,6 +6,8 @@ not imported, so that its libraries cost a daemon at rest nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dataplane import netconf
@@ -18,8 +20,8 @@ from dataplane.options import Options
 from dataplane.path.capability import Capability
 
 if TYPE_CHECKING:
-    from dataplane.backend.direct import DirectRoutes, UserspaceBackend
-    from dataplane.backend.userspace import Tuning
+    from dataplane.backend.direct import UserspaceBackend
+    from dataplane.backend.userspace import OnPeers, Tuning
     from dataplane.kernel.netlink import Netlink
 
 INSTEAD = {
@@ -57,14 +59,12 @@ async def make_backend(
     """The backend that the net-conf names. Raises ConfigError for one that this node or this version cannot carry."""
     match network.backend:
         case netconf.UdpConfig() as config:
-            routes = _direct_routes(network) if config.direct_routing else None
-            udp = _udp(options, network, config, facing, netlink, memory, routes)
-            return _beside(udp, routes)
+            udp = partial(_udp, options, network, config, facing, netlink, memory)
+            return _with_direct_routes(network, udp) if config.direct_routing else udp(None)
         case netconf.VxlanConfig() as config:
             if await _dataplane(options, config, netlink) == "userspace":
-                routes = _direct_routes(network) if config.direct_routing else None
-                vxlan = _vxlan(options, network, config, facing, netlink, memory, routes)
-                return _beside(vxlan, routes)
+                vxlan = partial(_vxlan, options, network, config, facing, netlink, memory)
+                return _with_direct_routes(network, vxlan) if config.direct_routing else vxlan(None)
             from dataplane.backend.kernel_vxlan import KernelVxlanBackend
 
             return KernelVxlanBackend(facing, network, config, netlink)
@@ -97,7 +97,7 @@ def _udp(
     facing: Underlay,
     netlink: Netlink,
     memory: Memory,
-    routes: DirectRoutes | None,
+    on_peers: OnPeers | None,
 ) -> UserspaceBackend:
     from dataplane.backend.udp import UdpBackend
 
@@ -109,7 +109,7 @@ def _udp(
         _tuning(options, config.switched_off),
         device=memory.device,
         on_device=memory.keep_device,
-        on_peers=None if routes is None else routes.follow,
+        on_peers=on_peers,
     )
 
 
@@ -120,7 +120,7 @@ def _vxlan(
     facing: Underlay,
     netlink: Netlink,
     memory: Memory,
-    routes: DirectRoutes | None,
+    on_peers: OnPeers | None,
 ) -> UserspaceBackend:
     from dataplane.backend.vxlan import VxlanBackend, VxlanWire
 
@@ -133,20 +133,15 @@ def _vxlan(
         macs=memory.macs,
         on_macs=memory.keep_macs,
         on_device=memory.keep_device,
-        on_peers=None if routes is None else routes.follow,
+        on_peers=on_peers,
     )
 
 
-def _direct_routes(network: NetworkConfig) -> DirectRoutes:
-    from dataplane.backend.direct import DirectRoutes
+def _with_direct_routes(network: NetworkConfig, make: Callable[[OnPeers | None], UserspaceBackend]) -> Backend:
+    from dataplane.backend.direct import DirectlyRouted, DirectRoutes
 
-    return DirectRoutes(network)
-
-
-def _beside(backend: UserspaceBackend, routes: DirectRoutes | None) -> Backend:
-    from dataplane.backend.direct import DirectlyRouted
-
-    return backend if routes is None else DirectlyRouted(backend, routes)
+    routes = DirectRoutes(network)
+    return DirectlyRouted(make(routes.follow), routes)
 
 
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
