@@ -34,14 +34,15 @@ async def cleanup(options: Options) -> None:
     places = subnetfile.places(options.subnet_file, options.control_socket)
     with subnetfile.DaemonLock(places.lock):
         troubles = await _remove_rules()
+        carried = subnetfile.read_networks(places.subnet_file)
         netlink = await Netlink.open()
         try:
-            for _, subnet in subnetfile.read_networks(places.subnet_file):
+            for _, subnet in carried:
                 if await netlink.remove_blackhole(subnet):
                     log.info("Removed the blackhole route of %s", subnet)
             await _remove_devices(netlink, subnetfile.read_state(places.state).device.split())
-            await _remove_vxlan(netlink, [network for network, _ in subnetfile.read_networks(places.subnet_file)])
-            for network, subnet in subnetfile.read_networks(places.subnet_file):
+            await _remove_vxlan(netlink, [network for network, _ in carried])
+            for network, subnet in carried:
                 await _remove_routes(network, subnet.prefixlen)
         finally:
             await netlink.close()
