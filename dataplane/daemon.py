@@ -165,7 +165,7 @@ class Daemon:
             stack.push_async_callback(netlink.close)
             surveyor = Surveyor(self._options, network, netlink)
             facing = await surveyor.first()
-            backend = self._backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
+            backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
             keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
             self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)

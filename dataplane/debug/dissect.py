@@ -16,7 +16,7 @@ from dataplane.debug.pcapng import INBOUND, LINKTYPE_ETHERNET, Packet
 TCP, UDP, ICMP, ICMPV6, SCTP = 6, 17, 1, 58, 132
 PROTOCOLS = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmp6", SCTP: "sctp"}
 VXLAN_HEADER, ETHERNET_HEADER = 8, 14
-FIN, SYN, RST = 1, 2, 4
+FIN, SYN = 1, 2
 _FLAGS = "FSRP.UEC"
 _ICMP_KINDS = {
     ICMP: {0: "echo reply", 3: "unreachable", 8: "echo request", 11: "time exceeded"},

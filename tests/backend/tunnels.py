@@ -40,7 +40,6 @@ class Node:
     machine: Namespace
     pod: Namespace
     attrs: LeaseAttrs | None = None
-    pod_mtu: int = 1280
     _loop: asyncio.AbstractEventLoop | None = field(default=None, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
     backend: Any = None
@@ -84,7 +83,6 @@ class Node:
         self.machine.command("ip", "address", "add", f"{self.address_v6}/64", "dev", "eth0", "nodad")
 
     def add_pod(self, mtu: int) -> None:
-        self.pod_mtu = mtu
         n = self.number
         self.machine.command("ip", "link", "add", "cni0", "mtu", str(mtu), "type", "bridge")
         self.machine.command("ip", "address", "add", f"10.5.{n}.1/24", "dev", "cni0")
