@@ -7,16 +7,25 @@ shows in seconds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from dataplane.errors import ConfigError
 from dataplane.lab.machine import check_machine, missing_packages
+from tests.etcd_server import EtcdServer
 
 # no example is judged by how long it took: a busy machine, or a sanitizer, is not a fault
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EtcdServer]:
+    """An etcd that the tests of a file share."""
+    with EtcdServer() as running:
+        yield running
 
 
 @functools.cache

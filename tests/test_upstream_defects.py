@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from random import Random
 
@@ -23,12 +22,6 @@ from tests.lease.real_keepers import LiveKeeper, all_known, attrs_of, living, un
 CONFIG = netconf.parse(b'{"Network":"10.5.0.0/16","SubnetMax":"10.5.6.0"}', origin="this test")
 V6_CONFIG = netconf.parse(b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}', origin="this test")
 on_etcd = pytest.mark.etcd
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EtcdServer]:
-    with EtcdServer() as running:
-        yield running
 
 
 class Network:

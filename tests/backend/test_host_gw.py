@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
@@ -16,7 +15,6 @@ from tests.backend.one_node import (
     facing,
     network,
     on_node,
-    open_node,
     own_lease,
     peer,
     removed,
@@ -29,12 +27,6 @@ from tests.namespaces import Namespace
 pytestmark = pytest.mark.netns
 
 CONFIG = network(Type="host-gw")
-
-
-@pytest.fixture
-def ns() -> Iterator[Namespace]:
-    with open_node() as namespace:
-        yield namespace
 
 
 

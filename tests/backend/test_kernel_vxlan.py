@@ -7,7 +7,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -28,7 +28,6 @@ from tests.backend.one_node import (
     neighbours,
     network,
     on_node,
-    open_node,
     own_lease,
     peer,
     removed,
@@ -41,12 +40,6 @@ from tests.namespaces import Namespace
 pytestmark = pytest.mark.netns
 
 DEVICE = "flannel.1"
-
-
-@pytest.fixture
-def ns() -> Iterator[Namespace]:
-    with open_node() as namespace:
-        yield namespace
 
 
 def make(ns: Namespace, netlink: Netlink, config: NetworkConfig, **underlay: Any) -> KernelVxlanBackend:

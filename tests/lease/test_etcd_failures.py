@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,12 +19,6 @@ from tests.etcd_server import EtcdServer
 from tests.lease.test_store_conformance import SOON, make, watching
 
 pytestmark = pytest.mark.etcd
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EtcdServer]:
-    with EtcdServer() as running:
-        yield running
 
 
 class Cutter:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -25,12 +24,6 @@ WIDE = netconf.parse(b'{"Network":"10.5.0.0/16"}', origin="this test")
 JUST_64 = netconf.parse(b'{"Network":"10.5.0.0/16","SubnetMax":"10.5.64.0"}', origin="this test")
 
 _prefixes = (f"/race/{number}" for number in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EtcdServer]:
-    with EtcdServer() as running:
-        yield running
 
 
 def nodes_of(server: EtcdServer, count: int, config: netconf.NetworkConfig, seed: int) -> list[LiveKeeper]:
