@@ -40,7 +40,7 @@ STALLED_SECONDS = 30.0
 OVERLAY, UNDERLAY = 0, 1
 REBUILT = (
     "outer datagrams as the UDP socket shows them: addresses, ports and lengths are real, and TOS and TTL of received "
-    "ones; identification and checksum are rebuilt (--outer=wire shows the wire's own)"
+    "ones; identification and checksum are rebuilt"
 )
 
 
