@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from dataclasses import dataclass
 
 from dataplane.backend.attention import Attention
-from dataplane.backend.base import PeerStatus
+from dataplane.backend.base import BackendStatus, PeerStatus
 from dataplane.backend.peers import IPAddress, IPNetwork, Peer, Peers
-from dataplane.errors import KernelError
+from dataplane.errors import DropReason, KernelError
 from dataplane.kernel import rtnetlink
 from dataplane.kernel.events import Group, KernelEvents
 from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun, RouteEvent
@@ -137,11 +137,26 @@ class PeerEntries:
     def peers(self) -> Mapping[IPNetwork, Peer]:
         return self._peers
 
-    def status(self) -> tuple[PeerStatus, ...]:
-        """Every peer; the kernel counts packets for whole devices only."""
-        return tuple(
-            PeerStatus(peer.subnet, peer.address, 0, 0, 0, 0, None, counted=False, direct=self.is_direct(peer.subnet))
-            for peer in self._peers.values()
+    def status(
+        self, kind: str, device: str, mtu: int, families: Iterable[Peers], *, repairs: int = 0
+    ) -> BackendStatus:
+        """What a backend tells whose packets the kernel carries, which counts them for whole devices only. `families`:
+        who read the leases; `repairs`: of other things than entries."""
+        ignored = {subnet: why for peers in families for subnet, why in peers.ignored.items()}
+        return BackendStatus(
+            type=kind,
+            device=device,
+            mtu=mtu,
+            peers=tuple(
+                PeerStatus(p.subnet, p.address, 0, 0, 0, 0, None, counted=False, direct=self.is_direct(p.subnet))
+                for p in self._peers.values()
+            ),
+            drops=dict.fromkeys(DropReason, 0),
+            unknown_sources={},
+            ignored=ignored | self.refused,
+            capabilities={},
+            dataplane="kernel",
+            repairs=self.repairs + repairs,
         )
 
     def is_direct(self, subnet: IPNetwork) -> bool:

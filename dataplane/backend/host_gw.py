@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.entries import PeerEntries, follow_leases
 from dataplane.backend.peers import Peer, Peers, check_type
-from dataplane.errors import ConfigError, DropReason
+from dataplane.errors import ConfigError
 from dataplane.kernel import rtnetlink
 from dataplane.kernel.events import UNDERLAY
 from dataplane.kernel.facts import AddressEvent, LinkEvent
@@ -71,19 +71,7 @@ class HostGwBackend:
         return self._attrs()
 
     def status(self) -> BackendStatus:
-        ignored = {subnet: reason for peers in self._families for subnet, reason in peers.ignored.items()}
-        return BackendStatus(
-            type=TYPE,
-            device=self._facing.name,
-            mtu=self.mtu,
-            peers=self._entries.status(),
-            drops=dict.fromkeys(DropReason, 0),
-            unknown_sources={},
-            ignored=ignored | self._entries.refused,
-            capabilities={},
-            dataplane="kernel",
-            repairs=self._entries.repairs,
-        )
+        return self._entries.status(TYPE, self._facing.name, self.mtu, self._families)
 
     async def close(self) -> None:
         """The routes stay: packets go on."""

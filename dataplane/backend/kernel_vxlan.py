@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.entries import PeerEntries, follow_leases
 from dataplane.backend.peers import IPAddress, IPNetwork, Peer, Peers, check_type, decode_vtep, encode_vtep
-from dataplane.errors import ConfigError, DropReason, KernelError
+from dataplane.errors import ConfigError, KernelError
 from dataplane.kernel import rtnetlink, tun, underlay
 from dataplane.kernel.events import UNDERLAY, Group
 from dataplane.kernel.facts import AddressEvent, Link, LinkEvent, Vxlan
@@ -128,19 +128,9 @@ class KernelVxlanBackend:
         await self._entries.close()
 
     def status(self) -> BackendStatus:
-        ignored = {subnet: why for family in self._families for subnet, why in family.peers.ignored.items()}
-        return BackendStatus(
-            type="vxlan",
-            device=" ".join(family.device for family in self._families if family.index),
-            mtu=self.mtu,
-            peers=self._entries.status(),
-            drops=dict.fromkeys(DropReason, 0),
-            unknown_sources={},
-            ignored=ignored | self._entries.refused,
-            capabilities={},
-            dataplane="kernel",
-            repairs=self._repairs + self._entries.repairs,
-        )
+        device = " ".join(family.device for family in self._families if family.index)
+        families = [family.peers for family in self._families]
+        return self._entries.status("vxlan", device, self.mtu, families, repairs=self._repairs)
 
     # --- what stands for whom -------------------------------------------------------------------------------------
 

@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.peers import IPNetwork, Peers, check_type
-from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, peers_status
-from dataplane.errors import DropReason, KernelError
+from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, tunnels_status
+from dataplane.errors import KernelError
 from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
-from dataplane.path.capability import Capability
 from dataplane.path.datapath import Tap
 from dataplane.path.wire import UDP_OVERHEAD
 
@@ -76,18 +75,7 @@ class UdpBackend:
         return self._attrs()
 
     def status(self) -> BackendStatus:
-        statistics = self._tunnel.statistics()
-        return BackendStatus(
-            type="udp",
-            device=self._tunnel.device,
-            mtu=self.mtu,
-            peers=peers_status(statistics.routes) if statistics else (),
-            drops=statistics.drops if statistics else dict.fromkeys(DropReason, 0),
-            unknown_sources=dict(self._tunnel.unknown_sources),
-            ignored=self._tunnel.ignored,
-            capabilities={capability: self._tunnel.state_of(capability) for capability in Capability},
-            repairs=self._tunnel.repairs,
-        )
+        return tunnels_status("udp", self.mtu, [self._tunnel])
 
     async def arm(self, taps: Sequence[Tap]) -> None:
         await self._tunnel.arm(taps)

@@ -15,15 +15,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 from typing import TypeVar
 
 from dataplane.backend.attention import Attention
-from dataplane.backend.base import PeerStatus, Underlay
+from dataplane.backend.base import BackendStatus, PeerStatus, Underlay
 from dataplane.backend.peers import Peer, Peers
-from dataplane.errors import KernelError
+from dataplane.errors import DropReason, KernelError
 from dataplane.kernel import tun, underlay
 from dataplane.kernel.events import UNDERLAY, KernelEvents
 from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun, RouteEvent
@@ -501,18 +501,30 @@ def _remember(table: dict[_K, _V], key: _K, value: _V) -> None:
         del table[next(iter(table))]
 
 
-def peers_status(routes: Iterable[RouteCounters]) -> tuple[PeerStatus, ...]:
-    """What the path has counted, as a backend tells it."""
+def tunnels_status(kind: str, mtu: int, tunnels: Collection[Tunnel]) -> BackendStatus:
+    """What the tunnels of a backend tell together, before there are any as well."""
+    found = [statistics for tunnel in tunnels if (statistics := tunnel.statistics()) is not None]
     now = time.monotonic() * 1000
-    return tuple(
-        PeerStatus(
-            subnet=route.subnet,
-            public_ip=route.address,
-            tx_packets=route.tx_packets,
-            tx_bytes=route.tx_bytes,
-            rx_packets=route.rx_packets,
-            rx_bytes=route.rx_bytes,
-            idle=max(0.0, now - route.rx_last) / 1000 if route.rx_last else None,
-        )
-        for route in routes
+    return BackendStatus(
+        type=kind,
+        device=" ".join(tunnel.device for tunnel in tunnels if tunnel.device),
+        mtu=mtu,
+        peers=tuple(_peer_status(route, now) for statistics in found for route in statistics.routes),
+        drops={reason: sum(statistics.drops[reason] for statistics in found) for reason in DropReason},
+        unknown_sources={address: n for tunnel in tunnels for address, n in tunnel.unknown_sources.items()},
+        ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
+        capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
+        repairs=sum(tunnel.repairs for tunnel in tunnels),
+    )
+
+
+def _peer_status(route: RouteCounters, now: float) -> PeerStatus:
+    return PeerStatus(
+        subnet=route.subnet,
+        public_ip=route.address,
+        tx_packets=route.tx_packets,
+        tx_bytes=route.tx_bytes,
+        rx_packets=route.rx_packets,
+        rx_bytes=route.rx_bytes,
+        idle=max(0.0, now - route.rx_last) / 1000 if route.rx_last else None,
     )

@@ -15,12 +15,11 @@ from ipaddress import IPv4Address, IPv6Address
 
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.peers import IPNetwork, Peers, check_type, decode_vtep, encode_vtep
-from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, peers_status
-from dataplane.errors import DropReason, KernelError
+from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, tunnels_status
+from dataplane.errors import KernelError
 from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
-from dataplane.path.capability import Capability
 from dataplane.path.datapath import Tap, Vxlan
 from dataplane.path.wire import VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
 
@@ -107,19 +106,7 @@ class VxlanBackend:
         return self._attrs()
 
     def status(self) -> BackendStatus:
-        tunnels = self._tunnels.values()
-        found = [statistics for tunnel in tunnels if (statistics := tunnel.statistics()) is not None]
-        return BackendStatus(
-            type="vxlan",
-            device=" ".join(tunnel.device for tunnel in tunnels if tunnel.device),
-            mtu=self.mtu,
-            peers=tuple(peer for statistics in found for peer in peers_status(statistics.routes)),
-            drops={reason: sum(statistics.drops[reason] for statistics in found) for reason in DropReason},
-            unknown_sources={address: n for tunnel in tunnels for address, n in tunnel.unknown_sources.items()},
-            ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
-            capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
-            repairs=sum(tunnel.repairs for tunnel in tunnels),
-        )
+        return tunnels_status("vxlan", self.mtu, self._tunnels.values())
 
     async def arm(self, taps: Sequence[Tap]) -> None:
         for number, tunnel in enumerate(self._tunnels.values()):
