@@ -55,7 +55,8 @@ async def raw(server: HealthServer, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(request)
     try:
-        return await asyncio.wait_for(reader.read(), 10)
+        async with asyncio.timeout(10):
+            return await reader.read()
     finally:
         writer.close()
 
@@ -155,7 +156,8 @@ async def test_a_flood_of_connections_is_bounded(server: HealthServer, monkeypat
     assert await raw(server, b"") == b""
     for reader, writer in held:
         writer.write(b"\r\n")
-        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 ")
+        async with asyncio.timeout(10):
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
         writer.close()
 
 
@@ -168,7 +170,8 @@ async def test_close_ends_open_connections_and_frees_the_port(
     port = first.port
     open_one = asyncio.create_task(raw(first, b"GET /healthz HTTP/1.1\r\n"))
     await asyncio.sleep(0.1)
-    await asyncio.wait_for(first.close(), 5)
+    async with asyncio.timeout(5):
+        await first.close()
     await first.close()
     assert await open_one == b""
     second = await HealthServer.start("127.0.0.1", port, ready)

@@ -52,7 +52,8 @@ class Attention:
         while True:
             wait = RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1] if failures else AUDIT_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._alarm.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._alarm.wait()
             self._alarm.clear()
             began = time.monotonic()
             try:

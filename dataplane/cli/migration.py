@@ -115,7 +115,8 @@ async def _of_store(chosen: Options, found: Found | None) -> AsyncIterator[Findi
         async with contextlib.AsyncExitStack() as stack:
             store = await parts.open_store(chosen)
             stack.push_async_callback(store.close)
-            conf, snapshot = await asyncio.wait_for(_read(store), STORE_SECONDS)
+            async with asyncio.timeout(STORE_SECONDS):
+                conf, snapshot = await _read(store)
     except TimeoutError:
         where = chosen.lease_store or ", ".join(chosen.etcd_endpoints)
         yield Finding("store", BLOCKED, f"no answer within {STORE_SECONDS:.0f} s from {where}")

@@ -134,7 +134,11 @@ async def _serve(
 ) -> None:
     if _peer_uid(writer) not in (0, os.geteuid()):
         return
-    while line := await asyncio.wait_for(reader.readline(), ANSWER_SECONDS):
+    while True:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            line = await reader.readline()
+        if not line:
+            return
         try:
             arguments = _arguments(line)
             name = str(arguments.pop("verb", ""))

@@ -96,7 +96,8 @@ class SqliteStore:
                     yield look.batch
                     continue
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(noticed.wait(), min(self._safety_period, look.seconds_to_deadline))
+                    async with asyncio.timeout(min(self._safety_period, look.seconds_to_deadline)):
+                        await noticed.wait()
 
     async def close(self) -> None:
         if self._closed:

@@ -41,7 +41,8 @@ async def raw(path: Path, line: bytes) -> bytes:
     reader, writer = await asyncio.open_unix_connection(path)
     writer.write(line)
     writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 5)
+    async with asyncio.timeout(5):
+        answer = await reader.read()
     writer.close()
     return answer
 
