@@ -92,6 +92,8 @@ def _node_lines(document: dict[str, Any]) -> list[str]:
         ("lease", f"{lease['subnet']} at {lease['public_ip']}{_lease_notes(lease)}" if lease else "none yet"),
         ("backend", f"{kind}, MTU {document['mtu']}" if "mtu" in document else kind),
     ]
+    if repairs := document.get("repairs"):
+        rows.append(("repairs", f"{repairs}: what others took away or changed was put right"))
     if capabilities := document.get("capabilities"):
         on = [word for word, state in capabilities.items() if state == "on"]
         rows.append(("capabilities", ", ".join(on) or "none"))

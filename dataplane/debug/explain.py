@@ -151,10 +151,10 @@ def _look_at_device(account: Account, node: Node, address: Address) -> None:
     way = view.way_to(address)
     fault = command = None
     if way.error:
-        fault, command = f"there is no route to {address}: {way.error}", _route_command(node, address)
+        fault, command = f"there is no route to {address}: {way.error}", _route_command(address)
     elif name and way.device != name and not _direct(node):
         fault = f"the route to {address} leads to {way.device}, not into {name}"
-        command = _route_command(node, address)
+        command = _route_command(address)
     account.say("route", _way_text(way), fault, command or "")
 
 
@@ -184,11 +184,9 @@ def _device_fault(device: Device | None, name: str, mtu: int) -> tuple[str | Non
     return None, ""
 
 
-def _route_command(node: Node, address: Address) -> str:
-    network = next((n for n in node.networks if address in n), None)
-    if node.status.type == "udp" and network is not None:
-        return f"ip route add {network} dev {device_of(node, address)}"
-    return f"ip route get {address}   # then restart flanneld, which sets its routes"
+def _route_command(address: Address) -> str:
+    """The daemon puts its own routes back at once: what is wrong then stands before them."""
+    return f"ip route get {address}; ip rule   # remove what stands before the daemon's own route"
 
 
 def _look_at_underlay(account: Account, node: Node, public: Address) -> None:

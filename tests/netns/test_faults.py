@@ -101,12 +101,23 @@ def test_lease_missing(lab: Lab) -> None:
 
 
 def test_route_deleted(lab: Lab) -> None:
+    """The daemon puts it back, and status says that it had to."""
+    node = lab.node("n1")
+    before = status_of(node)["repairs"]
     lab.run("n1", ["ip", "route", "del", "10.244.0.0/16"])
+    until("the route is back", lambda: status_of(node)["repairs"] > before)
+    (line,) = [line for line in loden(lab, "n1", "status").stdout.splitlines() if line.startswith("repairs")]
+    assert "what others took away or changed was put right" in line
+    mended(lab)
+
+
+def test_a_rule_before_the_route(lab: Lab) -> None:
+    rule = ["to", "10.244.0.0/16", "unreachable"]
+    lab.run("n1", ["ip", "rule", "add", *rule])
     try:
-        answer = explain(lab, lab.address_of("n2-p1"))
-        names(answer, "there is no route to", "ip route add 10.244.0.0/16 dev flannel0")
+        names(explain(lab, lab.address_of("n2-p1")), "there is no route to", "ip rule")
     finally:
-        lab.run("n1", answer["command"].split())
+        lab.run("n1", ["ip", "rule", "del", *rule])
     mended(lab)
 
 
