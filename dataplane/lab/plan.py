@@ -198,12 +198,16 @@ class Settings:
             raise ConfigError(f"--dataplane={self.dataplane} names {named} nodes, and the lab has {nodes}")
 
     def net_conf(self) -> str:
+        """The config that nodes find. Of a /16 or larger its last quarter is left to leases that are put by hand."""
         backend: dict[str, object] = {"Type": self.backend}
         if self.direct_routing:
             backend["DirectRouting"] = True
         conf: dict[str, object] = {"Backend": backend}
         if 4 in self.versions:
             conf |= {"Network": self.network, "SubnetLen": 24}
+            if (network := IPv4Network(self.network)).prefixlen <= 16:
+                last = int(network.network_address) + network.num_addresses * 3 // 4 - 256
+                conf["SubnetMax"] = str(IPv4Address(last))
         else:
             conf |= {"EnableIPv4": False}
         if 6 in self.versions:

@@ -28,7 +28,7 @@ from tests.netns.observing import SUBNETS, put_lease, reaches, status_of, until
 pytestmark = [pytest.mark.netns, pytest.mark.etcd, pytest.mark.timeout(300)]
 
 FLOW = ("--sizes=16,64,512,1400", "--count=4", "--pause=0.01", "--until-eof")
-HAND_MADE = "10.244.77.0-24"
+HAND_MADE = "10.244.210.0-24"
 FAULTS = ("lost", "altered", "duplicated", "reordered", "stalls")
 
 
@@ -115,7 +115,7 @@ def lease_text(ip: str) -> str:
 
 def follows(lab: Lab, ip: str) -> bool:
     """Whether every node knows the lease that was put by hand, at this address."""
-    return all(peer_at(node, "10.244.77.0/24") == ip for node in lab.nodes.values())
+    return all(peer_at(node, "10.244.210.0/24") == ip for node in lab.nodes.values())
 
 
 def test_the_server_is_killed_and_restarted(make_lab: MakeLab) -> None:
@@ -227,23 +227,23 @@ def cut_off_from_the_store(lab: Lab, node: str) -> Iterator[None]:
 def test_the_history_is_compacted_and_grows_past_four_megabytes_while_a_node_is_cut_off(make_lab: MakeLab) -> None:
     lab = make_lab(2, store="etcd")
     put_lease(lab, HAND_MADE, lease_text("198.18.7.1"))
-    put_lease(lab, "10.244.78.0-24", lease_text("198.18.7.8"))
+    put_lease(lab, "10.244.211.0-24", lease_text("198.18.7.8"))
     until("the daemons follow", lambda: follows(lab, "198.18.7.1"))
     cut = lab.node("n1")
     with unharmed(lab):
         with cut_off_from_the_store(lab, "n1"):
             put_lease(lab, HAND_MADE, lease_text("198.18.7.2"))
-            lab.etcdctl("del", f"{SUBNETS}10.244.78.0-24")
+            lab.etcdctl("del", f"{SUBNETS}10.244.211.0-24")
             for number in range(6):
-                lab.etcdctl("put", f"{SUBNETS}10.244.{80 + number}.0-24", stdin="x" * 1_000_000)
-            until("the other node follows", lambda: peer_at(lab.node("n2"), "10.244.77.0/24") == "198.18.7.2")
+                lab.etcdctl("put", f"{SUBNETS}10.244.{220 + number}.0-24", stdin="x" * 1_000_000)
+            until("the other node follows", lambda: peer_at(lab.node("n2"), "10.244.210.0/24") == "198.18.7.2")
             revision = json.loads(lab.etcdctl("get", "x", "-w", "json").stdout)["header"]["revision"]
             lab.etcdctl("compact", str(revision))
             until("the node notices", lambda: status_of(cut)["store_error"], 60)
-            assert peer_at(cut, "10.244.77.0/24") == "198.18.7.1"
-        until("the changed peer is changed", lambda: peer_at(cut, "10.244.77.0/24") == "198.18.7.2", 40)
-        until("the removed peer is removed", lambda: peer_at(cut, "10.244.78.0/24") is None)
-        assert all("more than 4096" in status_of(cut)["rejected"][f"10.244.{80 + n}.0-24"] for n in range(6))
+            assert peer_at(cut, "10.244.210.0/24") == "198.18.7.1"
+        until("the changed peer is changed", lambda: peer_at(cut, "10.244.210.0/24") == "198.18.7.2", 40)
+        until("the removed peer is removed", lambda: peer_at(cut, "10.244.211.0/24") is None)
+        assert all("more than 4096" in status_of(cut)["rejected"][f"10.244.{220 + n}.0-24"] for n in range(6))
         until("the daemons are calm", lambda: calm(lab))
 
 
