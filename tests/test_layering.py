@@ -40,6 +40,7 @@ FLOORS = {
         "kernel.pyroute",
         "kernel.rtnetlink",
         "kernel.rules",
+        "kernel.steering",
         "debug.expression",
         "debug.pcapng",
     ],

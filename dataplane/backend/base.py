@@ -50,6 +50,15 @@ class PeerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Queues:
+    """Of the device: how many were asked for, how many it has (0 before there is one), and why fewer."""
+
+    asked: int
+    used: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BackendStatus:
     """What a backend tells of itself. `drops` has every reason, also at 0."""
 
@@ -68,6 +77,8 @@ class BackendStatus:
     """Who carries the packets: `userspace` (this daemon), `kernel`, or `none`."""
     repairs: int = 0
     """How often something that others had taken away from the kernel, or changed there, was put right."""
+    queues: Queues | None = None
+    """None where the kernel carries the packets."""
 
 
 class Backend(Protocol):

@@ -21,7 +21,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from typing import TypeVar
 
 from dataplane.backend.attention import Attention
-from dataplane.backend.base import BackendStatus, PeerStatus, Underlay
+from dataplane.backend.base import BackendStatus, PeerStatus, Queues, Underlay
 from dataplane.backend.peers import Peer, Peers
 from dataplane.errors import DropReason, KernelError
 from dataplane.kernel import tun, underlay
@@ -75,11 +75,12 @@ OnPeers = Callable[[Mapping[IPNetwork, Peer | None]], Awaitable[None]]
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """What flags and net-conf say. `wanted`: the capabilities to use where the kernel grants them; `spin`: see
-    Datapath."""
+    Datapath; `queues`: of each device, with pumps and a receiving socket for each."""
 
     source_check: SourceCheck
     wanted: frozenset[Capability]
     spin: float
+    queues: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +96,45 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Open sockets to the other nodes; without `senders` the one that receives sends too."""
+    """Open sockets to the other nodes; without `senders` those that receive send too. `further`: what the receiver was
+    widened by, for further queues of the device."""
 
     receiver: underlay.UdpSocket
     port: int
     senders: tuple[socket.socket, ...] = ()
+    further: tuple[underlay.UdpSocket, ...] = ()
 
     @property
     def outer(self) -> Outer:
-        return Outer(self.receiver.fd, self.port, tuple(sender.fileno() for sender in self.senders))
+        senders = tuple(sender.fileno() for sender in self.senders)
+        return Outer(self.receiver.fd, self.port, senders, tuple(each.fd for each in self.further))
+
+    def widened(self, queues: int) -> Sockets:
+        """With as many receivers as the device has queues. Raises KernelError."""
+        if len(self.further) == queues - 1:
+            return self
+        for each in self.further:
+            each.close()
+        further = underlay.widen(self.receiver, queues - 1) if queues > 1 else ()
+        return dataclasses.replace(self, further=further)
+
+    def as_wide_as(self, former: Sockets | None) -> Sockets:
+        """With as many receivers as those in whose place they come. Raises KernelError, and then closes what is new."""
+        if former is None or former is self:
+            return self
+        if former.receiver is self.receiver:
+            return dataclasses.replace(self, further=former.further)
+        try:
+            return self.widened(len(former.further) + 1)
+        except KernelError:
+            self.close(kept=former)
+            raise
 
     def close(self, *, kept: Sockets | None = None) -> None:
         """Close what `kept` does not share."""
         if kept is None or kept.receiver is not self.receiver:
-            self.receiver.close()
+            for each in (self.receiver, *self.further):
+                each.close()
         for sender in self.senders:
             if kept is None or sender not in kept.senders:
                 sender.close()
@@ -151,7 +177,7 @@ class Tunnel:
         self._path: Datapath | None = None
         self._lost = frozenset[Capability]()
         self._refused: dict[IPNetwork, str] = {}
-        self._unknown: dict[IPAddress, int] = {}
+        self._unknown: dict[tuple[IPAddress, int], int] = {}  # by queue: its pump counts by itself
         self._complaints: dict[tuple[PathEventKind, IPAddress, int], float] = {}
         self._path_mtus: dict[IPAddress, asyncio.TimerHandle] = {}
         self._rebuild: asyncio.Task[None] | None = None
@@ -173,7 +199,15 @@ class Tunnel:
 
     @property
     def unknown_sources(self) -> Mapping[IPAddress, int]:
-        return self._unknown
+        found: dict[IPAddress, int] = {}
+        for (address, _), datagrams in self._unknown.items():
+            found[address] = found.get(address, 0) + datagrams
+        return found
+
+    @property
+    def queues(self) -> Queues:
+        asked = self._tuning.queues
+        return Queues(asked, len(self._tun.queues), self._tun.note) if self._tun else Queues(asked, 0)
 
     @property
     def ignored(self) -> dict[IPNetwork, str]:
@@ -239,7 +273,7 @@ class Tunnel:
         self._check_mtu(facing, mtu)
         async with self._turn:
             former = self._sockets
-            self._sockets = await self._open_sockets(facing, former)
+            self._sockets = (await self._open_sockets(facing, former)).as_wide_as(former)
             self._mtu = mtu
             for peer in list(self._path_mtus):
                 self._path_mtus.pop(peer).cancel()
@@ -294,18 +328,23 @@ class Tunnel:
         if not self._subnets or self._sockets is None:
             raise RuntimeError("prepare and a lease come before the device")
         await self._remove_leftovers()
-        self._tun = tun.open_tun(self._shape.device, adopt=self._device, wanted=self._tuning.wanted)
+        self._tun = tun.open_tun(
+            self._shape.device, adopt=self._device, wanted=self._tuning.wanted, queues=self._tuning.queues
+        )
         self._device = self._tun.name
         self._on_device(self._device)
         versions = {subnet.version for subnet in self._subnets}
         (restrain_ipv6 if 6 in versions else quiet_ipv6)(self._device)
         await self._furnish()
         self._tun = dataclasses.replace(self._tun, granted=tun.takes_superframes(self._tun))
+        self._sockets = self._sockets.widened(len(self._tun.queues))
         self._start_path(self._tun, self._sockets)
         await self._arm_again()
         await self._look_at_pods()
         carried = " and ".join(str(network) for network, _ in self._routed())
         log.info("Carrying %s through %s, MTU %d, port %d", carried, self._device, self._mtu, self._sockets.port)
+        if self._tuning.queues > 1:
+            log.info("Queues of %s: %s", self._device, self._tun.note or len(self._tun.queues))
         log.info("Capabilities: %s", ", ".join(f"{c.word} {self.state_of(c)}" for c in Capability))
 
     def _routed(self) -> list[tuple[IPNetwork, IPv4Interface | IPv6Interface]]:
@@ -374,6 +413,7 @@ class Tunnel:
             capabilities=self._granted() - self._lost,
             run_datagrams=sockets.receiver.run_datagrams,
             spin=self._tuning.spin,
+            further=device.further,
             on_event=self._on_event,
         )
         for peers in self._peers:
@@ -448,7 +488,7 @@ class Tunnel:
             if self._rebuild is None or self._rebuild.done():
                 self._rebuild = asyncio.create_task(self._rebuild_device())
         elif event.kind is PathEventKind.UNKNOWN_SOURCE:
-            _remember(self._unknown, event.address, event.value)
+            _remember(self._unknown, (event.address, event.queue), event.value)
             self._complain(
                 event,
                 "Dropping datagrams from %s: no lease names it. If it is a node, its -public-ip differs from the "
@@ -515,6 +555,7 @@ def tunnels_status(kind: str, mtu: int, tunnels: Collection[Tunnel]) -> BackendS
         ignored={subnet: why for tunnel in tunnels for subnet, why in tunnel.ignored.items()},
         capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
         repairs=sum(tunnel.repairs for tunnel in tunnels),
+        queues=min((tunnel.queues for tunnel in tunnels), key=lambda queues: queues.used, default=None),
     )
 
 

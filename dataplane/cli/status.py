@@ -98,6 +98,8 @@ def _node_lines(document: dict[str, Any]) -> list[str]:
         on = [word for word, state in capabilities.items() if state == "on"]
         rows.append(("capabilities", ", ".join(on) or "none"))
         rows += [("", f"{word} {state}") for word, state in capabilities.items() if state != "on"]
+    if (queues := document.get("queues")) and queues["asked"] > 1:
+        rows.append(("queues", queues["reason"] or str(queues["used"])))
     if document.get("store_error"):
         rows.append(("trouble", f"the store cannot be reached: {document['store_error']}"))
     return [f"{name:<14}{text}" for name, text in rows]

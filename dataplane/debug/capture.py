@@ -100,7 +100,7 @@ class Captures:
 
     async def run(self, order: Order, client: socket.socket, begin: Callable[[], None], stop: asyncio.Event) -> None:
         """Capture until `stop`, or what the order says, and send all of it to `client`. `begin` is called once nothing
-        can go wrong with the order any more. Raises CaptureError."""
+        can go wrong with the order any more. Raises CaptureError, and KernelError where the rings find no memory."""
         program = expression.compile_filter(expression.parse(order.filter))
         if len(self._taps) == MOST_CAPTURES:
             raise CaptureError(f"{MOST_CAPTURES} captures are running already; end one of them")
@@ -114,11 +114,11 @@ class Captures:
                 [(address.packed, name) for address, name in names.items()],
             )
         except MemoryError:
-            raise CaptureError(f"no memory for two rings of {order.ring_mib} MiB; use a smaller --buffer") from None
-        begin()
+            raise CaptureError("no memory for a capture") from None
         drain = _Drain(tap, order, client, header(self._place(), order, names))
-        await self._arm([*self._taps, tap])
         try:
+            await self._arm([*self._taps, tap])
+            begin()
             await drain.until(stop)
         finally:
             await self._arm([other for other in self._taps if other is not tap])
@@ -142,10 +142,10 @@ class _Drain:
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._work, name="loden-capture", daemon=True)
-        self._thread.start()
 
     async def until(self, stop: asyncio.Event) -> None:
-        """Wait for the client's wish to end, for the end that was ordered, or for the client to be gone."""
+        """Send, and wait for the client's wish to end, for the end that was ordered, or for the client to be gone."""
+        self._thread.start()
         waits = [asyncio.create_task(stop.wait()), asyncio.create_task(self._over.wait())]
         try:
             await asyncio.wait(waits, timeout=self._order.seconds or None, return_when=asyncio.FIRST_COMPLETED)
@@ -156,7 +156,8 @@ class _Drain:
     async def finish(self) -> None:
         """After disarming: let the thread send what is left, and the statistics."""
         self._disarmed.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.ident is not None:  # it was started
+            await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
         # a client that is gone has nothing to be told

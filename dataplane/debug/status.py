@@ -5,6 +5,7 @@ Free of IO. Invariant: the same facts always stand under the same names; docs/op
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from dataplane.backend.base import BackendStatus, PeerStatus
@@ -48,6 +49,7 @@ def backend_document(status: BackendStatus) -> dict[str, Any]:
         "capabilities": {capability.word: state for capability, state in status.capabilities.items()},
         "ignored": {str(subnet): reason for subnet, reason in status.ignored.items()},
         "repairs": status.repairs,
+        "queues": dataclasses.asdict(status.queues) if status.queues else None,
     }
 
 

@@ -1,16 +1,20 @@
 """Owns /dev/net/tun: a TUN device that outlives a kill of its holder, and is gone after an ordered stop.
 
-Free of: addresses, routes, packets. Invariant: a device that was there before is taken over only if the caller named
-it and nobody holds it; when a call fails, no device stands that did not stand before.
+Free of: addresses, routes, packets; of how flows are told apart (`kernel.steering`). Invariant: a device that was there
+before is taken over only if the caller named it and nobody holds it; when a call fails, no device stands that did not
+stand before. A device of several queues gives all packets of a flow to one of them.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
 import os
+import platform
 import re
+import secrets
 import socket
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -19,6 +23,7 @@ from pathlib import Path
 
 from dataplane.errors import KernelError
 from dataplane.kernel.facts import Link
+from dataplane.kernel.steering import steering_program
 from dataplane.path.capability import Capability
 from dataplane.path.superframe import GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM, TCP, UDP, VnetHeader, with_ip_length
 
@@ -30,6 +35,7 @@ TUNSETPERSIST = 0x400454CB
 TUNSETOFFLOAD = 0x400454D0
 TUNGETIFF = 0x800454D2
 TUNSETVNETHDRSZ = 0x400454D8
+TUNSETSTEERINGEBPF = 0x800454E0
 IFF_TUN = 0x0001
 IFF_MULTI_QUEUE = 0x0100
 IFF_NO_PI = 0x1000
@@ -45,9 +51,24 @@ TUN_F_CSUM = 0x01
 TUN_F_OFFLOADS = {Capability.TUN_TSO: 0x02 | 0x04, Capability.TUN_USO: 0x20 | 0x40}
 """What the kernel may leave to the reader: to cut TCP, or UDP (since 6.2), over IPv4 and IPv6. Both need TUN_F_CSUM."""
 
+# linux/sockios.h, linux/ethtool.h
+SIOCETHTOOL = 0x8946
+ETHTOOL_GLINK = 0x0A
+
+# linux/bpf.h; the number of bpf(2) by what uname calls the machine: those whose layout of an instruction is ours
+BPF_PROG_LOAD = 5
+BPF_PROG_TYPE_SOCKET_FILTER = 1
+BPF_CALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "ppc64le": 361}
+
+MOST_WAITING = 100_000
+"""Packets in a queue at most: more than anybody sets a txqueuelen to."""
+
 UNSEEN = "a process that cannot be seen from here"
 
 _IFREQ = struct.Struct("16sH22x")
+_IFREQ_DATA = struct.Struct("16sP16x")
+_BPF_LOAD = struct.Struct("=IIQQIIQ")
+"""Of union bpf_attr: type, number of instructions, these, the licence, and no log of the verifier's."""
 _LEFTOVER = re.compile(r"flannel\d+|flannel(-v6)?\.\d+")
 
 
@@ -57,26 +78,121 @@ class Tun:
 
     `fd` does not block and is not inherited by child processes; `release` it once. `adopted`: it stood already, so
     it may have an address and a route.
-    `granted`: which superframes pass it.
+    `granted`: which superframes pass it. `further`: more queues of the device, each a descriptor like `fd`. `note`: why
+    it has fewer than were asked for; empty where it has as many.
     """
 
     fd: int
     name: str
     adopted: bool
     granted: frozenset[Capability] = frozenset()
+    further: tuple[int, ...] = ()
+    note: str = ""
+
+    @property
+    def queues(self) -> tuple[int, ...]:
+        return (self.fd, *self.further)
 
 
-def open_tun(template: str = "flannel%d", *, adopt: str = "", wanted: Collection[Capability] = ()) -> Tun:
+def open_tun(
+    template: str = "flannel%d", *, adopt: str = "", wanted: Collection[Capability] = (), queues: int = 1
+) -> Tun:
     """Take over the device `adopt` where it is a TUN device that stands; else make the first free one of `template`.
-    `wanted`: which of TUN_TSO and TUN_USO to ask for; what the kernel refuses is done without.
+    `wanted`: which of TUN_TSO and TUN_USO to ask for; what the kernel refuses is done without. `queues`: as many where
+    the kernel lets flows be steered, else one.
 
     The device persists until `release`, also beyond a kill. Raises KernelError: the device is held (and by whom),
     there is no /dev/net/tun, or the privilege is missing.
     """
-    tun = _adopt(adopt) if adopt and _exists(adopt) else None
+    note = ""
+    tun = None
+    if queues > 1:
+        try:
+            with _steering() as program:
+                tun = _open_several(template, adopt, queues, program)
+        except _NotSteeredError as error:
+            note = f"one queue instead of {queues}: {error}"
     if tun is None:
-        tun = _attach(template, FLAGS | IFF_TUN_EXCL, adopted=False)
-    return replace(tun, granted=_ask_for(tun.fd, wanted))
+        tun = _open_first(template, adopt, FLAGS)
+    try:
+        return replace(tun, granted=_ask_for(tun.fd, wanted), note=note)
+    except BaseException:
+        release(tun)
+        raise
+
+
+def _open_first(template: str, adopt: str, flags: int) -> Tun:
+    tun = _adopt(adopt, flags) if adopt and _exists(adopt) else None
+    return tun or _attach(template, flags | IFF_TUN_EXCL, adopted=False)
+
+
+# ------------------------------------------------------------------------------------------------- several queues
+
+
+class _NotSteeredError(Exception):
+    """The kernel does not let us choose queues; the text says why. Never leaves this file."""
+
+
+def _open_several(template: str, adopt: str, queues: int, program: int) -> Tun:
+    tun = _open_first(template, adopt, FLAGS | IFF_MULTI_QUEUE)
+    try:
+        try:
+            fcntl.ioctl(tun.fd, TUNSETSTEERINGEBPF, struct.pack("i", program))
+        except OSError as error:
+            raise _NotSteeredError(f"TUNSETSTEERINGEBPF: {error.strerror}; it needs Linux 4.16") from error
+        while len(tun.queues) < queues:
+            more = _attach(tun.name, FLAGS | IFF_MULTI_QUEUE, adopted=True)
+            tun = replace(tun, further=(*tun.further, more.fd))
+        for fd in tun.queues:
+            _empty(fd)
+    except BaseException:
+        release(tun)
+        raise
+    return tun
+
+
+def _empty(fd: int) -> None:
+    """What came while there were fewer queues chose among fewer: its flow's next packets may come by another queue, and
+    would overtake it."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(MOST_WAITING):
+            os.read(fd, VNET_HDR_BYTES + 65535)
+
+
+@contextlib.contextmanager
+def _steering() -> Iterator[int]:
+    """The steering program as a descriptor; a device keeps what was set, also after it is closed."""
+    import ctypes  # a daemon of one queue at rest does without
+
+    number = BPF_CALL.get(platform.machine())
+    if number is None:
+        raise _NotSteeredError(f"no steering program for {platform.machine()} machines")
+    code = steering_program(secrets.randbits(64))
+    instructions, licence = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"Apache-2.0")
+    places = (ctypes.addressof(instructions), ctypes.addressof(licence))
+    attributes = _BPF_LOAD.pack(BPF_PROG_TYPE_SOCKET_FILTER, len(code) // 8, *places, 0, 0, 0)
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    program = call(ctypes.c_long(number), ctypes.c_long(BPF_PROG_LOAD), attributes, ctypes.c_long(len(attributes)))
+    if program < 0:
+        error = ctypes.get_errno()
+        advice = "; it needs CAP_BPF" if error in (errno.EPERM, errno.EACCES) else ""
+        raise _NotSteeredError(f"the steering program: {os.strerror(error)}{advice}")
+    try:
+        yield program
+    finally:
+        os.close(program)
+
+
+def _has_carrier(name: str) -> bool:
+    """Whether the device is up and somebody has a queue of it."""
+    answer = array.array("I", (ETHTOOL_GLINK, 0))
+    request = _IFREQ_DATA.pack(name.encode(), answer.buffer_info()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, contextlib.suppress(OSError):
+        fcntl.ioctl(any_socket, SIOCETHTOOL, request)
+    return bool(answer[1])
+
+
+# ---------------------------------------------------------------------------------------------------- superframes
 
 
 def takes_superframes(tun: Tun) -> frozenset[Capability]:
@@ -120,12 +236,13 @@ def _ask_for(fd: int, wanted: Collection[Capability]) -> frozenset[Capability]:
 
 def release(tun: Tun) -> None:
     """Let go of the device, so that it vanishes with its addresses and routes. Fine where it is gone already."""
-    with contextlib.suppress(OSError):
-        if _name_of(tun.fd) not in (tun.name, ""):  # released before, and the number has a new owner
-            return
-        with contextlib.suppress(OSError):  # EBADFD: somebody removed the device under us
-            fcntl.ioctl(tun.fd, TUNSETPERSIST, 0)
-        os.close(tun.fd)
+    for fd in tun.queues:
+        with contextlib.suppress(OSError):
+            if _name_of(fd) not in (tun.name, ""):  # released before, and the number has a new owner
+                continue
+            with contextlib.suppress(OSError):  # EBADFD: somebody removed the device under us
+                fcntl.ioctl(fd, TUNSETPERSIST, 0)
+            os.close(fd)
 
 
 def leftovers(links: Sequence[Link]) -> list[str]:
@@ -135,30 +252,46 @@ def leftovers(links: Sequence[Link]) -> list[str]:
     return [k.name for k in links if k.kind == "tun" and _LEFTOVER.fullmatch(k.name) and not (k.carrier or k.address)]
 
 
-def _adopt(name: str) -> Tun | None:
-    """Take over a device; None where it is no TUN device, or was one that had to go since its flags differ.
+def _adopt(name: str, flags: int) -> Tun | None:
+    """Take over a device; None where it is no TUN device. One whose setting of IFF_MULTI_QUEUE differs is made anew.
 
     The kernel takes IFF_NO_PI and IFF_VNET_HDR from whoever attaches; what it refuses with EINVAL is another kind of
     device and another setting of IFF_MULTI_QUEUE (drivers/net/tun.c, tun_set_iff).
     """
-    try:
-        return _attach(name, FLAGS, adopted=True)
-    except KernelError as error:
-        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL):
-            raise
+    several = bool(flags & IFF_MULTI_QUEUE)
     # attaching would give us a share of the packets of whoever holds a multi-queue device: look before
+    if several:
+        _refuse_held(name)
+    carried = several and _has_carrier(name)
+    if (tun := _attach_fitting(name, flags)) is not None:
+        if carried:
+            os.close(tun.fd)
+            raise KernelError(f"cannot adopt device {name}: {UNSEEN} holds one of its queues")
+        return tun
+    if not several:
+        _refuse_held(name)
+    tun = _attach_fitting(name, flags ^ IFF_MULTI_QUEUE)
+    if tun is None:
+        return None
+    release(tun)
+    if _exists(name):
+        raise KernelError(f"cannot adopt device {name}: {UNSEEN} holds one of its queues")
+    return _attach(name, flags | IFF_TUN_EXCL, adopted=False)
+
+
+def _refuse_held(name: str) -> None:
     if holder := _holder(name):
         raise KernelError(f"cannot adopt device {name}: {holder} holds it")
+
+
+def _attach_fitting(name: str, flags: int) -> Tun | None:
+    """None where the device is of another kind."""
     try:
-        tun = _attach(name, FLAGS | IFF_MULTI_QUEUE, adopted=True)
+        return _attach(name, flags, adopted=True)
     except KernelError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL:
             return None
         raise
-    release(tun)
-    if _exists(name):
-        raise KernelError(f"cannot adopt device {name}: {UNSEEN} holds one of its queues")
-    return _attach(name, FLAGS | IFF_TUN_EXCL, adopted=False)
 
 
 def _attach(name: str, flags: int, *, adopted: bool) -> Tun:

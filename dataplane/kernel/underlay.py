@@ -1,7 +1,8 @@
 """Owns the UDP sockets that face the other nodes: bound, sized and set up for the pumps.
 
-Free of: datagrams. Invariant: a socket that receives has its address and port for itself (no SO_REUSEADDR, no
-SO_REUSEPORT), and no error queue: with IP_RECVERR one dead peer's ICMP would fail the next send to a live one.
+Free of: datagrams. Invariant: the socket that receives has its address and port for itself, or shares them with those
+that it was widened by, and never with another daemon's (no SO_REUSEADDR; SO_REUSEPORT only once they are its own); no
+error queue: with IP_RECVERR one dead peer's ICMP would fail the next send to a live one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import socket
 import struct
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from dataplane.path.capability import Capability
 
 BUFFER_BYTES = 8 << 20
 """Asked for in each direction: about 60 ms of 1,500-byte datagrams at 1 Gbit/s, while a pump is not scheduled."""
+
+MOST_WAITING = 100_000
+"""More datagrams than such a buffer holds: the kernel counts some hundred bytes for each."""
 
 # linux/in.h, asm-generic/socket.h: not in Python's socket module before 3.14
 IP_PKTINFO = 8
@@ -102,6 +106,42 @@ def open_udp(
     return UdpSocket(underlay, received, sent, tuple(notes), frozenset(granted), run_datagrams)
 
 
+def widen(first: UdpSocket, count: int) -> tuple[UdpSocket, ...]:
+    """`count` more sockets that share address and port with `first`. The kernel gives all datagrams of one outer
+    source, address and port, to one of them: by inner flow it cannot be done, since one message of UDP_GRO, for which
+    it chooses once, mixes flows (net/ipv4/udp.c, udp4_lib_lookup2; docs/adr). What was received before they all stood
+    is dropped: it was given to fewer, and what follows it would overtake it.
+
+    Raises KernelError; then none of them stays open.
+    """
+    address, port = first.socket.getsockname()[:2]
+    opened: list[UdpSocket] = []
+    try:
+        # others of this user may join from now on, but no daemon does: the first socket of each wants the port alone
+        first.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for _ in range(count):
+            more = _bound(ip_address(address), port, IP_PMTUDISC_WANT, shared=True)
+            opened.append(replace(first, socket=more, notes=()))
+            _grow(more, SO_RCVBUFFORCE, socket.SO_RCVBUF)
+            _grow(more, SO_SNDBUFFORCE, socket.SO_SNDBUF)
+            if Capability.UDP_GRO in first.granted:
+                more.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+    except OSError as error:
+        for each in opened:
+            each.close()
+        place = _place(ip_address(address), port)
+        raise KernelError(f"cannot share UDP {place} among {count + 1} sockets: {error.strerror}") from error
+    for each in (first, *opened):
+        _empty(each.socket)
+    return tuple(opened)
+
+
+def _empty(underlay: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(MOST_WAITING):
+            underlay.recv(1)
+
+
 def open_senders(address: Address, count: int, *, interface: str = "") -> tuple[socket.socket, ...]:
     """Sockets that only send, each from a port of its own out of the kernel's range (net.ipv4.ip_local_port_range),
     without DF as the kernel's vxlan device does. Raises KernelError; then none stays open."""
@@ -121,7 +161,7 @@ def open_senders(address: Address, count: int, *, interface: str = "") -> tuple[
     return tuple(opened)
 
 
-def _bound(address: Address, port: int, discovery: int) -> socket.socket:
+def _bound(address: Address, port: int, discovery: int, *, shared: bool = False) -> socket.socket:
     v4 = address.version == 4
     family = socket.AF_INET if v4 else socket.AF_INET6
     underlay = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -136,6 +176,8 @@ def _bound(address: Address, port: int, discovery: int) -> socket.socket:
             underlay.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
             # the kernel's tunnels send a flow label of 0; the port tells flows apart
             underlay.setsockopt(socket.IPPROTO_IPV6, IPV6_AUTOFLOWLABEL, 0)
+        if shared:
+            underlay.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         underlay.bind((str(address), port))
     except OSError:
         underlay.close()

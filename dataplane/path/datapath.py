@@ -1,8 +1,9 @@
 """Owns the engine: starts its pumps, gives them tables, reads their counters and events, stops them.
 
 Free of leases and of how a device or socket came to be. The only importer of the compiled engine. Runs on an event
-loop, which never touches a packet. Invariant: every route has a counter slot of its own, and a slot is used
-again only after both pumps have left every table that names it.
+loop, which never touches a packet. A device of several queues has an engine for each, with a socket, counters and rings
+of its own: the engines share the table, which never changes, and nothing that a pump writes. Invariant: every route has
+a counter slot of its own, and a slot is used again only after all pumps have left every table that names it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
@@ -62,6 +63,9 @@ __all__ = [
     "Vxlan",
 ]
 
+PATHS = 2
+"""Paths that a tap may be armed in at once, each with as many queues as the engine's taps have rings for."""
+
 _CHANGE = struct.Struct("=16s16sIHBB6s2x")
 """See dataplane._fib.Fib.updated."""
 
@@ -94,11 +98,13 @@ class PathEventKind(IntEnum):
 @dataclass(frozen=True, slots=True)
 class PathEvent:
     """`address` is the outer address it is about; `value` an errno; a number of datagrams for UNKNOWN_SOURCE,
-    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST, bytes of the packet for SUPERFRAME."""
+    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST, bytes of the packet for SUPERFRAME.
+    `queue`: whose pumps tell it; each counts by itself."""
 
     kind: PathEventKind
     address: IPv4Address | IPv6Address
     value: int
+    queue: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +135,22 @@ class PathStatistics:
 class Outer:
     """The UDP sockets, as descriptors: where datagrams come in, and those that they leave by (none: the same one).
 
-    `port`: where peers listen.
+    `port`: where peers listen. `further`: more sockets where datagrams come in, one for each further queue of the TUN;
+    they share the address and port of `receiver`.
     """
 
     receiver: int
     port: int
     senders: tuple[int, ...] = ()
+    further: tuple[int, ...] = ()
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        return (self.receiver, *self.further)
+
+    def senders_of(self, queue: int) -> tuple[int, ...]:
+        """By which datagrams of a queue's packets leave."""
+        return self.senders or (self.receivers[queue],)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +196,7 @@ class Datapath:
         capabilities: Collection[Capability] = (),
         run_datagrams: int = 1,
         spin: float = 0.0,
+        further: Sequence[int] = (),
         on_event: Callable[[PathEvent], None],
     ) -> None:
         """`icmp`: at most one for each IP version; of one that is missing, pods get no errors.
@@ -187,29 +204,33 @@ class Datapath:
         These do not go through the TUN: the kernel would drop them as martians, since their source is its own address.
         `mtu`: the TUN's. `capabilities`: which of them the descriptors were granted; `run_datagrams`: how many the
         kernel cuts out of one send. `spin`: seconds for which a pump that has just carried something looks again
-        before it sleeps.
+        before it sleeps. `further`: more queues of the TUN, each with a receiver of its own in `outer`; whoever gives
+        packets to queues and datagrams to receivers keeps those of a flow together.
         """
         errors: dict[str, Any] = {}
         for sender in icmp:
             version = sender.source.version
             errors |= {f"icmp_v{version}": sender.fd, f"icmp_source_v{version}": sender.source.packed}
         frames: dict[str, Any] = {"vni": vxlan.vni, "mac": vxlan.mac, "version": vxlan.version} if vxlan else {}
-        self._outer, self._vxlan = outer, vxlan
-        self._engine = Engine(
-            tun,
-            outer.receiver,
-            _senders(outer),
-            port=outer.port,
-            source_check=source_check,
-            slots=MAX_ROUTES,
-            run_datagrams=run_datagrams if Capability.UDP_SEGMENT in capabilities else 1,
-            merge_tcp=Capability.TUN_TSO in capabilities,
-            merge_udp=Capability.TUN_USO in capabilities,
-            spin_ns=round(spin * 1e9),
-            mtu=mtu,
-            **errors,
-            **frames,
-        )
+        self._outer, self._vxlan = _checked(outer), vxlan
+        self._engines = [
+            Engine(
+                queue,
+                receiver,
+                outer.senders_of(number),
+                port=outer.port,
+                source_check=source_check,
+                slots=MAX_ROUTES,
+                run_datagrams=run_datagrams if Capability.UDP_SEGMENT in capabilities else 1,
+                merge_tcp=Capability.TUN_TSO in capabilities,
+                merge_udp=Capability.TUN_USO in capabilities,
+                spin_ns=round(spin * 1e9),
+                mtu=mtu,
+                **errors,
+                **frames,
+            )
+            for number, (queue, receiver) in enumerate(zip((tun, *further), outer.receivers, strict=True))
+        ]
         self._on_event = on_event
         self._fib = Fib()
         self._routes: dict[IPv4Network | IPv6Network, _Route] = {}
@@ -224,10 +245,11 @@ class Datapath:
         self._sweep_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Start both pumps and listen to their events, on the running loop."""
+        """Start the pumps and listen to their events, on the running loop."""
         self._loop = asyncio.get_running_loop()
         self.publish()  # what waits in the queues already is for routes that were set already
-        self._loop.add_reader(self._engine.event_fd, self._read_events)
+        for queue, engine in enumerate(self._engines):
+            self._loop.add_reader(engine.event_fd, self._read_events, queue)
         self._start_pumps()
 
     def set_route(
@@ -268,7 +290,8 @@ class Datapath:
             return
         self._fib = self._fib.updated(b"".join(self._changes.values()))
         self._changes.clear()
-        self._generation = self._engine.publish(self._fib)
+        # all engines began with the same generation, and have had every new one together
+        self._generation = max(engine.publish(self._fib) for engine in self._engines)
         if self._leaving_slots:
             self._retired_slots.append((self._generation, self._leaving_slots))
             self._leaving_slots = []
@@ -277,21 +300,26 @@ class Datapath:
     async def arm(self, taps: Sequence[Tap], path: int = 0) -> None:
         """Show what the pumps carry to `taps` and to nobody else; returns once no pump uses a former one any more, or
         after GRACE_SECONDS. `path` numbers this path where the same taps are armed in two. Raises ValueError for more
-        taps than the engine takes."""
-        generation = self._engine.arm(self._tap_set(taps, path) if taps else None)
+        taps than the engine takes, and KernelError where there is no memory for their rings; then nothing changes."""
+        try:
+            # all sets first: one that fails must not leave some engines a generation ahead of the others
+            sets = [self._tap_set(taps, path, queue) if taps else None for queue in range(len(self._engines))]
+        except MemoryError:
+            raise KernelError("no memory for a capture's rings, two for each queue; use a smaller --buffer") from None
+        generation = max(engine.arm(each) for engine, each in zip(self._engines, sets, strict=True))
         end = self._loop.time() + GRACE_SECONDS
         # a pump tells nobody that it left a generation: it must be looked at
-        while self._engine.oldest_generation() < generation and self._loop.time() < end:  # noqa: ASYNC110 - as said
+        while self._oldest_generation() < generation and self._loop.time() < end:  # noqa: ASYNC110 - as said
             await asyncio.sleep(LOOK_SECONDS)
 
-    def _tap_set(self, taps: Sequence[Tap], path: int) -> TapSet:
+    def _tap_set(self, taps: Sequence[Tap], path: int, queue: int) -> TapSet:
         """The taps, with what the sockets say of the datagrams that they send; these also tell TOS and TTL of what they
         receive from now on."""
-        with _borrowed(self._outer.receiver) as receiver:
+        with _borrowed(self._outer.receivers[queue]) as receiver:
             _tell_outer_header(receiver)
             port = receiver.getsockname()[1]
         names = []
-        for fd in _senders(self._outer):
+        for fd in self._outer.senders_of(queue):
             with _borrowed(fd) as sender:
                 names.append(sender.getsockname())
                 six = sender.family == socket.AF_INET6
@@ -309,20 +337,20 @@ class Datapath:
             ports=tuple(name[1] for name in names),
             ttl=ttl,
             dont_fragment=whole,
-            path=path,
+            path=queue * PATHS + path,
             **frames,
         )
 
     def statistics(self) -> PathStatistics:
         """Every counter as of now."""
-        counters = self._engine.counters()
-        tx, rx = counters["tx"], counters["rx"]
+        counters = [engine.counters() for engine in self._engines]
+        tx, rx = _together([each["tx"] for each in counters]), _together([each["rx"] for each in counters])
         return PathStatistics(
             tx=tx,
             rx=rx,
             drops={reason: tx["drops"][reason] + rx["drops"][reason] for reason in DropReason},
             routes=tuple(
-                RouteCounters(subnet, route.address, *self._engine.peer_counters(route.slot))
+                RouteCounters(subnet, route.address, *self._peer_counters(route.slot))
                 for subnet, route in self._routes.items()
             ),
         )
@@ -330,38 +358,44 @@ class Datapath:
     def set_segment_mtu(self, mtu: int) -> None:
         """What pods take: kernel VTEPs hand over TCP superframes that do not say how they are to be cut. A SUPERFRAME
         event asks for this every few seconds while such come; without, it is the MTU of the TUN."""
-        self._engine.set_segment_mtu(mtu)
+        for engine in self._engines:
+            engine.set_segment_mtu(mtu)
 
     async def rewire(self, outer: Outer, mtu: int) -> None:
-        """Go on with other sockets and another MTU; routes and counters stay. Between the pumps' end and their new
-        start packets wait in the TUN's queue and in the sockets."""
+        """Go on with as many other sockets and another MTU; routes and counters stay. Between the pumps' end and their
+        new start packets wait in the TUN's queue and in the sockets."""
         running = bool(self._threads)
         await self._stop_pumps()
-        self._outer = outer
-        self._engine.rewire(outer.receiver, _senders(outer), outer.port, mtu)
+        self._outer = _checked(outer)
+        for number, (engine, receiver) in enumerate(zip(self._engines, outer.receivers, strict=True)):
+            engine.rewire(receiver, outer.senders_of(number), outer.port, mtu)
         if running:
             self._start_pumps()
 
     async def stop(self) -> None:
-        """Stop and join both pumps; afterwards nothing uses the descriptors. Safe to call twice."""
+        """Stop and join the pumps; afterwards nothing uses the descriptors. Safe to call twice."""
         for timer in (self._publish_timer, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
         self._publish_timer = self._sweep_timer = None
         if self._threads:
-            self._loop.remove_reader(self._engine.event_fd)
+            for engine in self._engines:
+                self._loop.remove_reader(engine.event_fd)
         await self._stop_pumps()
 
     def _start_pumps(self) -> None:
-        for name, body in (("loden-tx", self._engine.transmit), ("loden-rx", self._engine.receive)):
-            thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        for queue, engine in enumerate(self._engines):
+            for name, body in (("loden-tx", engine.transmit), ("loden-rx", engine.receive)):
+                name += str(queue) if queue else ""
+                thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
 
     async def _stop_pumps(self) -> None:
         if not self._threads:
             return
-        self._engine.stop()
+        for engine in self._engines:
+            engine.stop()
         threads, self._threads = self._threads, []
         for thread in threads:
             await asyncio.to_thread(thread.join, STOP_SECONDS)
@@ -382,7 +416,8 @@ class Datapath:
     def _take_slot(self, subnet: IPv4Network | IPv6Network) -> int:
         if self._free_slots:
             slot = self._free_slots.pop()
-            self._engine.clear_slot(slot)
+            for engine in self._engines:
+                engine.clear_slot(slot)
             return slot
         if self._next_slot == MAX_ROUTES:
             raise KernelError(f"no room for a route to {subnet}: the path holds {MAX_ROUTES} routes already")
@@ -391,7 +426,7 @@ class Datapath:
 
     def _sweep(self) -> None:
         """Free the tables and slots that no pump uses any more; look again in a second where some are left."""
-        oldest = self._engine.oldest_generation()
+        oldest = self._oldest_generation()
         kept = []
         for generation, slots in self._retired_slots:
             if generation <= oldest:
@@ -404,15 +439,35 @@ class Datapath:
         busy = oldest < self._generation
         self._sweep_timer = self._loop.call_later(SWEEP_SECONDS, self._sweep) if busy else None
 
-    def _read_events(self) -> None:
-        for kind, address, value in self._engine.events():
-            self._on_event(PathEvent(PathEventKind(kind), _narrow(address), value))
+    def _oldest_generation(self) -> int:
+        # a list: each engine frees what it has left when it is asked
+        return min([engine.oldest_generation() for engine in self._engines])
+
+    def _peer_counters(self, slot: int) -> tuple[int, int, int, int, int, int]:
+        """Of all engines; the last time is that of the latest."""
+        if len(self._engines) == 1:
+            return self._engines[0].peer_counters(slot)
+        columns = zip(*(engine.peer_counters(slot) for engine in self._engines), strict=True)
+        tx_packets, tx_bytes, tx_last, rx_packets, rx_bytes, rx_last = columns
+        return sum(tx_packets), sum(tx_bytes), max(tx_last), sum(rx_packets), sum(rx_bytes), max(rx_last)
+
+    def _read_events(self, queue: int) -> None:
+        for kind, address, value in self._engines[queue].events():
+            self._on_event(PathEvent(PathEventKind(kind), _narrow(address), value, queue))
 
 
-def _senders(outer: Outer) -> tuple[int, ...]:
+def _checked(outer: Outer) -> Outer:
     if len(outer.senders) > MOST_SENDERS:
         raise KernelError(f"{len(outer.senders)} source ports are more than the {MOST_SENDERS} that the path knows")
-    return outer.senders or (outer.receiver,)
+    return outer
+
+
+def _together(pumps: Sequence[PumpCounters]) -> PumpCounters:
+    """The sums of all pumps of one direction."""
+    counters: list[dict[str, Any]] = [{**pump} for pump in pumps]
+    total = {name: sum(each[name] for each in counters) for name in counters[0] if name != "drops"}
+    drops = tuple(map(sum, zip(*(pump["drops"] for pump in pumps), strict=True)))
+    return cast("PumpCounters", {**total, "drops": drops})
 
 
 def _borrowed(fd: int) -> socket.socket:

@@ -13,7 +13,7 @@ from dataplane.headers cimport checksum_add, checksum_fold, is_mapped, load_be16
 
 cdef enum:
     TAPS = 4                 # armed at once
-    PATHS = 2                # that a backend may have: of VXLAN, one for each IP version
+    PATHS = 32               # engines: of VXLAN two paths, one for each IP version, and of each up to 16 queues
     MOST_PORTS = 64          # SENDERS of _pump.pxd
     TAP_TX = 0
     TAP_RX = 1
@@ -97,7 +97,8 @@ cdef struct tap_ring:
     uint64_t apart_again[7]
 
 cdef struct tap_state:
-    tap_ring rings[2 * PATHS]        # by path and direction: each has one writer
+    tap_ring rings[2 * PATHS]        # by path and direction: each has one writer; those of a path that was never armed
+                                     # have no bytes
     tap_test* tests
     uint32_t count
     uint32_t snaplen         # bytes of an inner packet that are kept
@@ -300,6 +301,8 @@ cdef struct name_entry:
 
 cdef class Tap:
     cdef tap_state state
+    cdef uint64_t ring_bytes
+    cdef uint64_t rings      # up to the last that has bytes
     cdef uint8_t* out
     cdef name_entry* names
     cdef uint32_t name_count
@@ -308,6 +311,7 @@ cdef class Tap:
     cdef tuple reasons
     cdef const char* drops[DROP_REASONS]
     cdef take_program(self, bytes program)
+    cdef open_rings(self, uint8_t path)
     cdef take_names(self, list names)
     cdef tap_ring* oldest(self, uint64_t before) noexcept nogil
     cdef size_t format(self, uint8_t* out, const tap_record* record) noexcept nogil

@@ -31,7 +31,7 @@ cdef class Tap:
 
     def __cinit__(self, bytes program not None, uint32_t snaplen, size_t ring_bytes, tuple reasons not None, names=()):
         """`program`: tests as dataplane.debug.expression makes them. `snaplen`: bytes kept of an inner packet.
-        `ring_bytes`: of each direction's ring, a power of two. `reasons`: the name of each DropReason, as bytes. `names`:
+        `ring_bytes`: of each ring, a power of two; each engine has one for each direction. `reasons`: the name of each DropReason, as bytes. `names`:
         (packed address, name) of nodes.
         Raises ValueError and MemoryError."""
         if ring_bytes < MOST_BLOCKS or ring_bytes & (ring_bytes - 1):
@@ -41,12 +41,8 @@ cdef class Tap:
         self.take_names(sorted((bytes([4 if len(address) == 4 else 6]) + address.ljust(16, b"\0"), name)
                                for address, name in names))
         self.out = <uint8_t*>map_pages(OUT_BYTES)
+        self.ring_bytes = ring_bytes
         cdef int i
-        for i in range(2 * PATHS):
-            self.state.rings[i].size = ring_bytes
-            self.state.rings[i].bytes = <uint8_t*>map_pages(ring_bytes)
-            if self.state.rings[i].bytes == NULL:
-                raise MemoryError
         if self.out == NULL:
             raise MemoryError
         self.reasons = reasons
@@ -61,6 +57,19 @@ cdef class Tap:
             munmap(self.out, OUT_BYTES)
         free(self.state.tests)
         free(self.names)
+
+    cdef open_rings(self, uint8_t path):
+        """Before the path's pumps hear of the tap; `drain` may run meanwhile."""
+        cdef tap_ring* ring
+        for direction in range(2):
+            ring = &self.state.rings[2 * path + direction]
+            if ring.bytes == NULL:
+                ring.size = self.ring_bytes
+                ring.bytes = <uint8_t*>map_pages(self.ring_bytes)
+                if ring.bytes == NULL:
+                    raise MemoryError
+        if self.rings < 2 * <uint64_t>path + 2:
+            store_u64(&self.rings, 2 * <uint64_t>path + 2)
 
     cdef take_program(self, bytes program):
         cdef uint32_t count = <uint32_t>(len(program) // sizeof(tap_test)), i
@@ -117,8 +126,8 @@ cdef class Tap:
         cdef tap_ring* found = NULL
         cdef tap_ring* ring
         cdef const tap_record* record
-        cdef int i
-        for i in range(2 * PATHS):
+        cdef uint64_t i
+        for i in range(load_u64(&self.rings)):
             ring = &self.state.rings[i]
             record = next_record(ring)
             if record != NULL and record.ns < before:
@@ -246,6 +255,7 @@ cdef class TapSet:
         for i, each in enumerate(ports):
             self.armed.ports[i] = each
         for i, tap in enumerate(self.taps):
+            (<Tap?>tap).open_rings(path)
             self.armed.taps[i] = &(<Tap?>tap).state
         self.armed.count = <uint32_t>len(self.taps)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 
 from dataplane.errors import KernelError
 from dataplane.kernel.facts import Link
 from dataplane.kernel.netlink import Netlink
-from dataplane.kernel.underlay import BUFFER_BYTES, UdpSocket, open_udp
+from dataplane.kernel.underlay import BUFFER_BYTES, UdpSocket, open_udp, widen
+from dataplane.path.capability import Capability
 from tests.namespaces import Namespace, open_namespace
 
 pytestmark = pytest.mark.netns
@@ -36,6 +39,7 @@ time.sleep(600)
 OPEN = """
 from dataplane.kernel.underlay import open_udp
 from ipaddress import IPv4Address
+from pathlib import Path
 import sys
 udp = open_udp(IPv4Address("198.18.0.1"), int(sys.argv[1]))
 print(udp.receive_buffer, udp.send_buffer, *udp.notes, sep="\\n")
@@ -183,3 +187,51 @@ def test_a_port_below_1024_without_the_privilege(ns: Namespace) -> None:
     process = ns.spawn_python(OPEN, "285", dropped=("net_admin", "net_bind_service"))
     _, stderr = process.communicate(timeout=60)
     assert "cannot bind UDP 198.18.0.1:285: Permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE" in stderr
+
+
+# --- several sockets that share a port ------------------------------------------------------------------------
+
+
+def test_widened_sockets_share_the_port_and_keep_each_outer_source_to_one(ns: Namespace) -> None:
+    first = ns.run(open_udp, ADDRESS, 8285, wanted=[Capability.UDP_GRO])
+    with contextlib.ExitStack() as stack:
+        stack.callback(first.close)
+        with ns.run(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as early:
+            early.sendto(b"early", (str(ADDRESS), 8285))
+        further = ns.run(widen, first, 3)
+        for each in further:
+            stack.callback(each.close)
+            assert each.socket.getsockname() == first.socket.getsockname()
+            assert not os.get_blocking(each.fd)
+            assert not os.get_inheritable(each.fd)
+            assert (each.granted, option(each, socket.IPPROTO_UDP, 104)) == (first.granted, 1)
+            assert option(each, socket.SOL_SOCKET, socket.SO_RCVBUF) == first.receive_buffer
+        used = set[int]()
+        for _ in range(40):
+            with ns.run(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for number in range(5):
+                    sender.sendto(bytes((number,)), (str(ADDRESS), 8285))
+            got = [datagrams_at(each) for each in (first, *further)]
+            assert sorted(got) == [[], [], [], [bytes((number,)) for number in range(5)]], "what came early is gone"
+            used.add(max(range(4), key=lambda at: len(got[at])))
+        assert used == {0, 1, 2, 3}, "40 outer sources use every socket"
+        with pytest.raises(KernelError, match=rf"\(pid {os.getpid()}\) holds it"):
+            ns.run(open_udp, ADDRESS, 8285)
+
+
+def datagrams_at(udp: UdpSocket) -> list[bytes]:
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(udp.socket.recv(100))
+    return found
+
+
+def test_a_port_that_cannot_be_shared_leaves_no_socket_behind(ns: Namespace) -> None:
+    first = ns.run(open_udp, ADDRESS, 8285)
+    ns.command("ip", "addr", "del", "198.18.0.1/24", "dev", "v0")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(KernelError, match=r"cannot share UDP 198\.18\.0\.1:8285 among 3 sockets: "):
+        ns.run(widen, first, 2)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    first.close()

@@ -5,6 +5,7 @@ Everything happens in the namespaces of a lab.
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 
@@ -96,3 +97,24 @@ def test_a_path_that_takes_less_is_learnt_and_senders_are_told(make_lab: MakeLab
     plain = lab.run("n1-p1", ["ping", "-c", "3", "-i", "0.2", "-W", "2", "-M", "dont", "-s", "1400", target])
     assert " 0% packet loss" in plain.stdout
     assert status_of(lab.node("n1"))["drops"]["PATH_MTU"] > 0
+
+
+def test_a_killed_daemon_with_several_queues_is_followed_by_one_that_adopts_its_device(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    node = lab.node("n1")
+
+    def restart(queues: int, stop: signal.Signals) -> int:
+        """Of the device's index; everything is carried."""
+        node.stop_daemon(stop)
+        node.start_daemon(f"--queues={queues}")
+        assert node.wait_ready()["queues"] == {"asked": queues, "used": queues, "reason": ""}
+        lab.settle()
+        carries_everything(lab)
+        (link,) = json.loads(lab.run("n1", ["ip", "-d", "-j", "link", "show", "flannel0"]).stdout)
+        assert link["linkinfo"]["info_data"]["multi_queue"] is (queues > 1)
+        return int(link["ifindex"])
+
+    four = restart(4, signal.SIGTERM)
+    assert restart(4, signal.SIGKILL) == four
+    assert restart(2, signal.SIGKILL) == four
+    assert restart(1, signal.SIGKILL) != four, "a device of one queue is of another kind"
