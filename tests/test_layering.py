@@ -91,7 +91,8 @@ EXT_FLOORS = {
     "_pump": 3,
     "_tx": 4,
     "_rx": 4,
-    "_engine": 5,
+    "_duty": 5,
+    "_engine": 6,
 }
 
 

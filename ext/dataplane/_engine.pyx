@@ -14,11 +14,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from dataplane.abi cimport *
+from dataplane._duty cimport pump_rx, pump_tx
 from dataplane._fib cimport Fib
 from dataplane._pump cimport EVENTS, SENDERS, engine_state, pump_state
-from dataplane._rx cimport pump_rx, rx_state
+from dataplane._rx cimport rx_state
 from dataplane._tap cimport TapSet
-from dataplane._tx cimport ICMP_BURST, READS, pump_tx, tx_state
+from dataplane._tx cimport ICMP_BURST, READS, tx_state
 from dataplane._udpio cimport MESSAGES, RUN_DATAGRAMS, prepare_inbox
 from dataplane.headers cimport (
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAME_HEAD, ICMP_MOST, VXLAN_HEADER, build_icmp_error, decap_ecn, encap_ecn, ip_view,
@@ -85,7 +86,9 @@ cdef class Engine:
         describe_link(&state.link, <uint32_t>vni, mac, version)
         state.stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         state.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-        if state.stop_fd < 0 or state.event_fd < 0:
+        state.tx_bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        state.rx_bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if min(state.stop_fd, state.event_fd, state.tx_bell, state.rx_bell) < 0:
             raise OSError(errno, "eventfd")
         state.tun = tun
         state.check = source_check
@@ -111,10 +114,9 @@ cdef class Engine:
 
     def __dealloc__(self):
         if self.state != NULL:
-            if self.state.stop_fd > 0:
-                close(self.state.stop_fd)
-            if self.state.event_fd > 0:
-                close(self.state.event_fd)
+            for fd in (self.state.stop_fd, self.state.event_fd, self.state.tx_bell, self.state.rx_bell):
+                if fd > 0:
+                    close(fd)
             free(self.state.sent)
             free(self.state.received)
         if self.tx != NULL and self.tx.buffers != NULL:
@@ -138,7 +140,7 @@ cdef class Engine:
     def receive(self):
         """Body of the RX thread: returns after `stop`."""
         with nogil:
-            pump_rx(self.state, self.rx)
+            pump_rx(self.state, self.tx, self.rx)
 
     def stop(self):
         """Make both pumps return. They finish the batch in hand first."""
@@ -161,6 +163,7 @@ cdef class Engine:
         self.tx.outbox.port_be = htons(<uint16_t>port)
         self.tx.outbox.count = self.tx.stamped = self.rx.count = 0
         eventfd_read(state.stop_fd, &ignored)
+        state.apart = 0
         store_u64(&state.stopping, 0)
 
     def set_segment_mtu(self, uint32_t mtu):

@@ -49,6 +49,9 @@ cdef struct engine_state:
     int icmp_v6
     int stop_fd
     int event_fd
+    uint64_t apart           # the TX thread carries TX, else the RX thread does
+    int tx_bell              # eventfds: look whose TX is
+    int rx_bell
     uint8_t icmp_source_v4[4]
     uint8_t icmp_source_v6[16]
     bint vxlan               # packets travel in frames
@@ -135,18 +138,33 @@ cdef inline void rest(engine_state* engine) noexcept nogil:
     poll(&stop, 1, RETRY_MS)
 
 
-cdef inline void wait_for(engine_state* engine, pump_state* pump, int fd, short events) noexcept nogil:
-    """Sleep until `fd` is ready or the engine stops. A descriptor that reports only an error would wake us for
-    ever: rest instead, the next read or write says what is wrong."""
-    cdef pollfd fds[2]
+cdef inline int sleep_on(engine_state* engine, pump_state* pump, pollfd* watched, int count, int most_ms) noexcept nogil:
+    """Sleep until a descriptor is ready; 0 where none was for `most_ms` (-1: ever). One that reports only an error would
+    wake us for ever: rest instead, the next read or write says what is wrong."""
+    cdef int ready, i
     pump.wakeups += 1
-    fds[0].fd = fd
-    fds[0].events = events
-    fds[1].fd = engine.stop_fd
-    fds[1].events = POLLIN
-    poll(fds, 2, -1)
-    if fds[0].revents & (POLLERR | POLLHUP | POLLNVAL) and not fds[0].revents & events:
-        rest(engine)
+    ready = poll(watched, count, most_ms)
+    for i in range(count if ready > 0 else 0):
+        if watched[i].revents & (POLLERR | POLLHUP | POLLNVAL) and not watched[i].revents & watched[i].events:
+            rest(engine)
+    return ready
+
+
+cdef inline void part(engine_state* engine) noexcept nogil:
+    """Leave TX to the TX thread; only by the RX thread, between two batches of TX."""
+    if not load_u64(&engine.apart):
+        store_u64(&engine.apart, 1)
+        eventfd_write(engine.tx_bell, 1)
+
+
+cdef inline void wait_for_room(engine_state* engine, pump_state* pump, int fd) noexcept nogil:
+    """Sleep until `fd` takes more or the engine stops."""
+    cdef pollfd watched[2]
+    watched[0].fd = fd
+    watched[0].events = POLLOUT
+    watched[1].fd = engine.stop_fd
+    watched[1].events = POLLIN
+    sleep_on(engine, pump, watched, 2, -1)
 
 
 cdef inline void park(engine_state* engine, pump_state* pump, int error) noexcept nogil:

@@ -1,4 +1,4 @@
-# Owns the RX pump: from datagrams into the TUN. Read it from the bottom up: pump_rx is the way of a batch.
+# Owns the RX pump: from datagrams into the TUN. Read it from the bottom up: receive_batch is the way of a batch.
 
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -11,7 +11,7 @@ from dataplane._offload cimport (
     packet_ref, plan_split, split_plan, stamp_segment, stamp_superframe,
 )
 from dataplane._pump cimport (
-    engine_state, enter, leave, name_lease, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
+    engine_state, enter, leave, name_lease, now_ms, park, part, post_event, rest, stopping, wait_for_room,
 )
 from dataplane._tap cimport TAP_RX, name_remote, tap_bytes, tap_record, wall_ns
 from dataplane._tunio cimport tun_write_parts
@@ -143,7 +143,8 @@ cdef inline int write_patiently(engine_state* engine, virtio_net_hdr* header, io
     cdef int error = tun_write_parts(engine.tun, header, parts, count)
     while (error == -EAGAIN or error == -EINTR) and not stopping(engine):
         if error == -EAGAIN:
-            wait_for(engine, &engine.rx, engine.tun, POLLOUT)
+            part(engine)  # whoever is to take these packets may wait until theirs are taken
+            wait_for_room(engine, &engine.rx, engine.tun)
         error = tun_write_parts(engine.tun, header, parts, count)
     return error
 
@@ -445,41 +446,27 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
         engine.received[table.routes[peer].slot].last_ms = now
 
 
-cdef inline int receive_spinning(engine_state* engine, rx_state* rx) noexcept nogil:
-    """A batch of messages. Where none waits, look again for a while before the caller sleeps."""
-    cdef int got = receive(engine.udp, &rx.inbox, rx.most)
-    cdef uint64_t end
-    if got >= 0 or errno != EAGAIN or engine.spin_ns == 0:
-        return got
-    end = now_ns() + engine.spin_ns
-    while got < 0 and errno == EAGAIN and not stopping(engine) and now_ns() < end:
-        sched_yield()
-        got = receive(engine.udp, &rx.inbox, rx.most)
-    return got
-
-
-cdef inline void pump_rx(engine_state* engine, rx_state* rx) noexcept nogil:
+cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogil:
+    """Carry what waits in the socket, up to a batch. False: nothing does."""
     cdef const fib_table* table
-    cdef int got, i
-    cdef uint64_t now, bytes
-    while not stopping(engine):
-        got = receive_spinning(engine, rx)
-        engine.rx.calls += 1
-        if got < 0:
-            if errno == EAGAIN:
-                wait_for(engine, &engine.rx, engine.udp, POLLIN)
-            elif errno != EINTR:
-                rest(engine)
-            continue
-        now = now_ms()
-        bytes = 0
-        table = enter(engine, &engine.rx)
-        for i in range(got):
-            bytes += rx.inbox.messages[i].msg_len
-            take_message(engine, rx, table, i, now)
-        deliver(engine, rx)
-        leave(&engine.rx)
-        rx.most = LARGE_MESSAGES if bytes > <uint64_t>got * 8192 else MESSAGES
-        if rx.device_error == -EBADFD:
-            park(engine, &engine.rx, EBADFD)
-        rx.device_error = 0
+    cdef int got = receive(engine.udp, &rx.inbox, rx.most), i
+    cdef uint64_t now, bytes = 0
+    engine.rx.calls += 1
+    if got < 0:
+        if errno == EAGAIN:
+            return False
+        if errno != EINTR:
+            rest(engine)
+        return True
+    now = now_ms()
+    table = enter(engine, &engine.rx)
+    for i in range(got):
+        bytes += rx.inbox.messages[i].msg_len
+        take_message(engine, rx, table, i, now)
+    deliver(engine, rx)
+    leave(&engine.rx)
+    rx.most = LARGE_MESSAGES if bytes > <uint64_t>got * 8192 else MESSAGES
+    if rx.device_error == -EBADFD:
+        park(engine, &engine.rx, EBADFD)
+    rx.device_error = 0
+    return True

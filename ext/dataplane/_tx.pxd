@@ -1,4 +1,4 @@
-# Owns the TX pump: from the TUN into runs of datagrams. Read it from the bottom up: pump_tx is the way of a batch.
+# Owns the TX pump: from the TUN into runs of datagrams. Read it from the bottom up: transmit_batch is the way of a batch.
 
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -7,7 +7,7 @@ from dataplane.abi cimport *
 from dataplane._fib cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
 from dataplane._offload cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._pump cimport (
-    engine_state, enter, leave, name_lease, now_ms, now_ns, park, post_event, rest, stopping, wait_for,
+    engine_state, enter, leave, name_lease, now_ms, park, post_event, rest, stopping, wait_for_room,
 )
 from dataplane._tap cimport TAP_TX, name_remote, tap_bytes, tap_payload, tap_record, wall_ns
 from dataplane._tunio cimport tun_read
@@ -156,7 +156,7 @@ cdef inline int send_patiently(engine_state* engine, int fd, mmsghdr* messages, 
         if sent > 0:
             return sent
         if errno == EAGAIN:
-            wait_for(engine, &engine.tx, fd, POLLOUT)
+            wait_for_room(engine, &engine.tx, fd)
         elif errno == ENOBUFS and shortages < 3:
             shortages += 1
             rest(engine)
@@ -373,45 +373,29 @@ cdef inline void take_packet(engine_state* engine, tx_state* tx, const fib_table
         push_packet(engine, tx, &way, packet, <uint32_t>view.length)
 
 
-cdef inline ssize_t read_spinning(engine_state* engine, tx_state* tx) noexcept nogil:
-    """The first packet of a batch. Where none waits, look again for a while before the caller sleeps."""
+cdef inline bint transmit_batch(engine_state* engine, tx_state* tx) noexcept nogil:
+    """Carry what waits in the TUN, up to a batch. False: nothing does."""
     cdef ssize_t got = tun_read(engine.tun, &tx.header, tx.buffers + HEADROOM, BUFFER_BYTES)
-    cdef uint64_t end
-    if got != -EAGAIN or engine.spin_ns == 0:
-        return got
-    end = now_ns() + engine.spin_ns
-    while got == -EAGAIN and not stopping(engine) and now_ns() < end:
-        sched_yield()
-        got = tun_read(engine.tun, &tx.header, tx.buffers + HEADROOM, BUFFER_BYTES)
-    return got
-
-
-cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
     cdef const fib_table* table
     cdef uint8_t* packet
-    cdef ssize_t got
-    cdef uint32_t reads
-    cdef uint64_t superframes
-    while not stopping(engine):
-        got = read_spinning(engine, tx)
-        if got == -EAGAIN:
-            wait_for(engine, &engine.tx, engine.tun, POLLIN)
-            continue
-        table = enter(engine, &engine.tx)
-        packet = tx.buffers + HEADROOM
-        reads = 0
-        superframes = engine.tx.superframes
-        while got >= 0:
-            take_packet(engine, tx, table, packet, <size_t>got)
-            reads += 1
-            if reads == READS or engine.tx.superframes - superframes == READ_SUPERFRAMES:
-                break
-            packet = tx.buffers + <size_t>reads * BUFFER_STRIDE + HEADROOM
-            got = tun_read(engine.tun, &tx.header, packet, BUFFER_BYTES)
-        send_outbox(engine, tx)
-        leave(&engine.tx)
-        tx.reads += reads
-        if got == -EBADFD:
-            park(engine, &engine.tx, EBADFD)
-        elif got < 0 and got not in (-EAGAIN, -EINTR):
-            rest(engine)
+    cdef uint32_t reads = 0
+    cdef uint64_t superframes = engine.tx.superframes
+    if got == -EAGAIN:
+        return False
+    table = enter(engine, &engine.tx)
+    packet = tx.buffers + HEADROOM
+    while got >= 0:
+        take_packet(engine, tx, table, packet, <size_t>got)
+        reads += 1
+        if reads == READS or engine.tx.superframes - superframes == READ_SUPERFRAMES:
+            break
+        packet = tx.buffers + <size_t>reads * BUFFER_STRIDE + HEADROOM
+        got = tun_read(engine.tun, &tx.header, packet, BUFFER_BYTES)
+    send_outbox(engine, tx)
+    leave(&engine.tx)
+    tx.reads += reads
+    if got == -EBADFD:
+        park(engine, &engine.tx, EBADFD)
+    elif got < 0 and got not in (-EAGAIN, -EINTR):
+        rest(engine)
+    return True

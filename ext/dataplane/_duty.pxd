@@ -1,0 +1,84 @@
+# Owns the threads' bodies: which thread carries which direction, and when it sleeps.
+#
+# While little is carried, the RX thread carries both directions and the TX thread sleeps: an answer to what came in is
+# sent by the thread that is awake already, and no second one looks for it. As soon as both directions have something
+# round after round, TX goes to its own thread, until that had nothing to send for a while.
+#
+# Invariant: `apart` says whose the TX direction is. Only its holder gives it away, with a batch ended, and rings the
+# other's bell afterwards; so each direction's state is touched by one thread at a time, and nobody locks.
+
+from libc.stdint cimport uint64_t
+
+from dataplane.abi cimport *
+from dataplane._pump cimport engine_state, now_ns, part, sleep_on, stopping
+from dataplane._rx cimport receive_batch, rx_state
+from dataplane._tx cimport transmit_batch, tx_state
+
+cdef enum:
+    CROWDED_ROUNDS = 4       # with something in both directions and no look in vain between them: TX goes apart
+    QUIET_MS = 10            # without a packet: TX comes back
+
+
+cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
+    watched.fd = fd
+    watched.events = POLLIN
+
+
+cdef inline bint looks_again(engine_state* engine, uint64_t* end) noexcept nogil:
+    """After a look in vain: whether the bound `spin_ns`, which begins with the first of them, is not reached yet."""
+    if engine.spin_ns == 0:
+        return False
+    if end[0] == 0:
+        end[0] = now_ns() + engine.spin_ns
+    elif now_ns() >= end[0]:
+        return False
+    sched_yield()
+    return True
+
+
+cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
+    """The TX thread: sleeps until TX is its own."""
+    cdef pollfd watched[3]
+    cdef uint64_t ignored, end = 0
+    watch(&watched[0], engine.tun)
+    watch(&watched[1], engine.stop_fd)
+    watch(&watched[2], engine.tx_bell)
+    while not stopping(engine):
+        if not load_u64(&engine.apart):
+            sleep_on(engine, &engine.tx, &watched[1], 2, -1)
+            eventfd_read(engine.tx_bell, &ignored)
+        elif transmit_batch(engine, tx):
+            end = 0
+        elif not looks_again(engine, &end):
+            end = 0
+            if sleep_on(engine, &engine.tx, watched, 2, QUIET_MS) == 0:
+                store_u64(&engine.apart, 0)
+                eventfd_write(engine.rx_bell, 1)
+
+
+cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexcept nogil:
+    """The RX thread: carries TX as well while that is not apart."""
+    cdef pollfd watched[4]
+    cdef uint64_t ignored, end = 0
+    cdef bint both, received, sent
+    cdef int crowded = 0
+    watch(&watched[0], engine.udp)
+    watch(&watched[1], engine.stop_fd)
+    watch(&watched[2], engine.rx_bell)
+    watch(&watched[3], engine.tun)
+    while not stopping(engine):
+        received = receive_batch(engine, rx)
+        both = not load_u64(&engine.apart)
+        sent = both and transmit_batch(engine, tx)
+        if received or sent:
+            end = 0
+            crowded += received and sent
+            if crowded == CROWDED_ROUNDS:
+                crowded = 0
+                part(engine)
+            continue
+        crowded = 0
+        if not looks_again(engine, &end):
+            end = 0
+            sleep_on(engine, &engine.rx, watched, 4 if both else 3, -1)
+            eventfd_read(engine.rx_bell, &ignored)
