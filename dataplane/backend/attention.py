@@ -22,6 +22,14 @@ RETRY_SECONDS = (0.1, 0.2, 1.0, 5.0)
 """Waits after a look that failed; the last one repeats."""
 REST_SECONDS = 0.01
 """At least this long, and twice as long as a look took, nothing is looked at: a flush of many entries is one repair."""
+MOST_REST_SECONDS = 0.5
+"""No longer than this, however long a look took: the kernel needs more than a second for ten thousand routes, and what
+is taken away just then shall not wait three more."""
+
+
+def rest_after(seconds: float) -> float:
+    """How long nothing is looked at after a look that took so long."""
+    return min(max(REST_SECONDS, 2 * seconds), MOST_REST_SECONDS)
 
 
 class Attention:
@@ -66,4 +74,4 @@ class Attention:
                 failures = 0
                 if self._gate.calm():
                     log.info("This node's part of the overlay is as it should be again")
-            await asyncio.sleep(max(REST_SECONDS, 2 * (time.monotonic() - began)))
+            await asyncio.sleep(rest_after(time.monotonic() - began))

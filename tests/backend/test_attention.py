@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from dataplane.backend.attention import Attention
+from dataplane.backend.attention import Attention, rest_after
 from dataplane.errors import KernelError
 
 
@@ -42,6 +42,11 @@ async def test_a_look_that_failed_is_tried_again() -> None:
     async with asyncio.timeout(10):
         await done.wait()
         await attention.close()
+
+
+@pytest.mark.parametrize(("took", "rest"), [(0.0, 0.01), (0.1, 0.2), (1.6, 0.5)])
+def test_a_rest_is_longer_after_a_longer_look_up_to_a_limit(took: float, rest: float) -> None:
+    assert rest_after(took) == rest
 
 
 @pytest.mark.parametrize("turns", range(4))
