@@ -39,6 +39,10 @@ MOST_SETTLE_SECONDS = 2.0
 CONFIRM_SECONDS = 0.5
 """Between the two looks that must agree. DHCP clients take an address away and put it back within this time."""
 
+FIRST_PAUSE_SECONDS = 0.1
+"""After a move; twice as long after each further one. A node that moves is cut off until it is followed, so the first
+few cost it next to nothing."""
+
 CALM_SECONDS = 120.0
 """So long after a move the next one is a trouble of its own, and not the last one's other half."""
 
@@ -145,7 +149,7 @@ class Following:
         self._publish = publish
         self._rewrite = rewrite
         self._news = asyncio.Event()
-        self._pause = Backoff(1.0, 60.0, rng)
+        self._pause = Backoff(FIRST_PAUSE_SECONDS, 60.0, rng)
         self._moved_at = float("-inf")
         self._retry = Backoff(1.0, 30.0, rng)
         self._gate = LogGate()
