@@ -1,7 +1,7 @@
 """Owns what the other nodes' leases mean for a backend: who can be reached where, and who cannot, with the reason.
 
-Free of: IO, and of how packets are carried. Invariant: of the leases that name one MAC the oldest is obeyed, in
-whatever order they came, since an FDB has one address for each MAC; whoever is not obeyed stands in `ignored`.
+Free of: IO, and of how packets are carried. Invariant: where a MAC leads to one node only, as in the kernel's FDB, the
+oldest of the leases that name it is obeyed, in whatever order they came; whoever is not obeyed stands in `ignored`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Peers:
     for a lease that cannot be obeyed.
     """
 
-    def __init__(self, version: int, mac_of: Callable[[Lease], bytes], *, outer: int = 0) -> None:
-        """`outer`: the IP version of the underlay, where it is not that of the subnets."""
+    def __init__(
+        self, version: int, mac_of: Callable[[Lease], bytes], *, outer: int = 0, shared_macs: bool = False
+    ) -> None:
+        """`outer`: the IP version of the underlay, where it is not that of the subnets. `shared_macs`: several nodes
+        may have one MAC, as clones of a machine do: they are told apart by their subnets and addresses."""
         self._version = version
         self._outer = outer or version
+        self._shared_macs = shared_macs
         self._mac_of = mac_of
         self._leases: dict[IPNetwork, tuple[Lease, bytes]] = {}
         self._claims: dict[bytes, set[IPNetwork]] = {}
@@ -103,7 +107,7 @@ class Peers:
             self._ignored[subnet] = str(error)
             return set()
         self._leases[subnet] = lease, mac
-        if not mac:
+        if not mac or self._shared_macs:
             return set()
         self._claims.setdefault(mac, set()).add(subnet)
         return set(self._claims[mac])

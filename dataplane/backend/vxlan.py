@@ -149,7 +149,7 @@ class VxlanBackend:
 
         return Tunnel(
             Shape(name, (network,), _OVERHEAD[version], Vxlan(self._wire.vni, mac, version)),
-            [Peers(version, mac_of)],
+            [Peers(version, mac_of, shared_macs=True)],
             open_sockets,
             self._netlink,
             self._tuning,

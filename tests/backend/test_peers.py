@@ -53,6 +53,16 @@ def test_a_peer_comes_changes_and_goes() -> None:
     assert peers.follow(removed(lease(7, "02000000000a"))) == {}
 
 
+def test_where_macs_may_be_shared_all_who_have_one_are_obeyed() -> None:
+    """A VTEP in userspace sends to a node's address, and no table of it leads from a MAC to one."""
+    peers = Peers(4, mac_of, shared_macs=True)
+    both = [lease(7, "02000000000a"), lease(8, "02000000000a", revision=9)]
+    peers.follow(added(*both))
+    assert {str(peer.address) for peer in peers.obeyed.values()} == {"198.18.1.7", "198.18.1.8"}
+    assert peers.ignored == {}
+    assert peers.follow(removed(both[0])) == {IPv4Network("10.5.7.0/24"): None}
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
