@@ -77,10 +77,12 @@ class Etcd:
 
 class EtcdLeases:
     """Far leases, each a copy of the second node's own with another address, as a further node would write it; and with
-    another VTEP's MAC, of which a kernel's FDB needs one for each (far.py lets them all in)."""
+    another VTEP's MAC, of which a kernel's FDB needs one for each (far.py lets them all in). `one_mac`: with that of
+    the second node, since a VTEP in userspace takes no frame to another, and its table needs none for each."""
 
-    def __init__(self, stand: Stand, etcd: Etcd) -> None:
+    def __init__(self, stand: Stand, etcd: Etcd, *, one_mac: bool = False) -> None:
         self._etcd = etcd
+        self._one_mac = one_mac
         self._own = str(stand.subnet(2)).replace("/", "-")
         self._put: set[str] = set()
 
@@ -94,16 +96,15 @@ class EtcdLeases:
 
     def _values(self, leases: Sequence[FarLease]) -> dict[str, str]:
         pattern = self._etcd.lease(self._own)
-        return {str(lease.subnet).replace("/", "-"): _value(pattern, lease) for lease in leases}
+        return {str(lease.subnet).replace("/", "-"): self._value(pattern, lease) for lease in leases}
+
+    def _value(self, pattern: Mapping[str, object], lease: FarLease) -> str:
+        value = {**pattern, "PublicIP": str(lease.address)}
+        data = value.get("BackendData")
+        if isinstance(data, dict) and "VtepMAC" in data and not self._one_mac:
+            value["BackendData"] = {**data, "VtepMAC": lease.mac}
+        return json.dumps(value, separators=(",", ":"))
 
     def clear(self) -> None:
         self._etcd.remove(sorted(self._put))
         self._put.clear()
-
-
-def _value(pattern: Mapping[str, object], lease: FarLease) -> str:
-    value = {**pattern, "PublicIP": str(lease.address)}
-    data = value.get("BackendData")
-    if isinstance(data, dict) and "VtepMAC" in data:
-        value["BackendData"] = {**data, "VtepMAC": lease.mac}
-    return json.dumps(value, separators=(",", ":"))

@@ -29,7 +29,7 @@ def roads(stand: Stand) -> Iterator[None]:
     chain = f'chain in {{ type filter hook ingress device "eth0" priority 10;\n{rules}\n}}'
     try:
         stand.run("n2", ["nft", "-f", "-"], stdin=f"table netdev {_TABLE} {{\n{chain}\n}}\n")
-        for device in _kernel_tunnels(stand):
+        for device in kernel_tunnels(stand):
             stand.run("n2", ["nft", "-f", "-"], stdin=_any_mac(device))
         stand.configure("n1", [f"route add {_ALL} via {own}"])
         for subnets in FAR_SUBNETS:
@@ -47,7 +47,8 @@ def roads(stand: Stand) -> Iterator[None]:
         _close(stand)
 
 
-def _kernel_tunnels(stand: Stand) -> list[str]:
+def kernel_tunnels(stand: Stand) -> list[str]:
+    """VXLAN devices of the second node."""
     links = json.loads(stand.run("n2", ["ip", "-j", "-d", "link"]))
     return [link["ifname"] for link in links if link.get("linkinfo", {}).get("info_kind") == "vxlan"]
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataplane.bench import far
 from dataplane.bench.candidate import pod_to_pod
 from dataplane.bench.ends import Ends
 from dataplane.bench.etcd import Etcd, EtcdLeases
@@ -27,11 +28,8 @@ from dataplane.lab import LabError, plan
 from dataplane.lab.node import DAEMON
 
 _HOLDING = (sys.executable, "-P", "-m", "dataplane.bench.holding")
-_NOT_MANY = {
-    "host-gw": "many next hops on one segment need as many neighbours, more than the kernel keeps for a namespace",
-    "vxlan": "a userspace VTEP takes only frames to its own MAC, so that the second node cannot stand for many",
-}
-"""Those of our candidates whose far nodes cannot all be the second one, and why."""
+_HOST_GW = "host-gw"
+_NO_FAR_HOST_GW = "many next hops on one segment need as many neighbours, more than the kernel keeps for a namespace"
 _ATTEMPTS = 3
 _CARRIES = 10.0
 """Seconds in which a foreign pair of daemons must have found each other."""
@@ -106,13 +104,17 @@ class Daemon:
         network = _network(stand, 1)
         if network is None:
             raise LabError(f"{self.name} on n1 is ready and has not written its subnet file")
-        return replace(
+        ends = replace(
             pod_to_pod(stand, network.mtu),
             processes=stand.processes(self.name),
-            leases=EtcdLeases(stand, etcd) if etcd is not None and self.name not in _NOT_MANY else None,
-            why_no_leases=_NOT_MANY.get(self.name, "its leases are in its embedded store"),
+            why_no_leases="its leases are in its embedded store",
             hold=partial(hold, self._holder(stand, 1)) if self._holding else None,
         )
+        if self._backend["Type"] == _HOST_GW:
+            return replace(ends, why_no_leases=_NO_FAR_HOST_GW)
+        if etcd is None:
+            return ends
+        return replace(ends, leases=EtcdLeases(stand, etcd, one_mac=not far.kernel_tunnels(stand)))
 
     @staticmethod
     def _holder(stand: Stand, node: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ FOREIGN_BACKENDS = ("udp", "vxlan")
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What the user brings: `--prototype`, `--flanneld NAME=PATH[,BACKEND...]` and `--tunnel NAME=SCRIPT`, and the
-    flags for our own daemons."""
+    """What the user brings: `--prototype`, `--flanneld NAME=PATH[,BACKEND...]`, `--tunnel NAME=SCRIPT`, flags for our
+    own daemons, and further ones of these: `--ours NAME=BACKEND[,FLAG...]`."""
 
     prototype: Path | None = None
     flannelds: Sequence[str] = ()
     tunnels: Sequence[str] = ()
     flags: Sequence[str] = ()
+    ours: Sequence[str] = ()
 
 
 def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workload]) -> list[Candidate]:
@@ -45,8 +47,9 @@ def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workl
     with_leases = any(workload.needs_leases for workload in workloads)
     holding = any(workload.needs_holding for workload in workloads)
 
-    def daemon(name: str) -> Callable[[], Candidate]:
-        return lambda: Daemon(name, BACKENDS[name], brought.flags, with_leases=with_leases, holding=holding)
+    def daemon(name: str, backend: str, flags: Sequence[str] = ()) -> Candidate:
+        flags = [*brought.flags, *flags]
+        return Daemon(name, BACKENDS[backend], flags, with_leases=with_leases, holding=holding)
 
     makers: dict[str, Callable[[], Candidate]] = {
         "raw": Raw,
@@ -54,7 +57,7 @@ def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workl
         "baseline": Baseline,
         "asyncio": lambda: PythonProxy("asyncio"),
         "uvloop": lambda: PythonProxy("uvloop"),
-        **{name: daemon(name) for name in BACKENDS},
+        **{name: partial(daemon, name, name) for name in BACKENDS},
     }
     if brought.prototype is not None:
         makers["prototype"] = _prototype(brought.prototype)
@@ -64,6 +67,7 @@ def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workl
     if unknown := [name for name in names if name not in makers]:
         raise ConfigError(f"{unknown[0]!r} is no candidate: take of {', '.join(NAMES)}")
     found = [makers[name]() for name in dict.fromkeys(names)]
+    found += [daemon(*_ours(word)) for word in brought.ours]
     for word in brought.flannelds:
         found += _foreign(word)
     found += [_tunnel(word) for word in brought.tunnels]
@@ -75,6 +79,18 @@ def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workl
 
 def _prototype(source: Path) -> Callable[[], Candidate]:
     return lambda: Prototype(source)
+
+
+def _ours(word: str) -> tuple[str, str, list[str]]:
+    """Name, backend and flags of `NAME=BACKEND[,FLAG...]`."""
+    name, _, rest = word.partition("=")
+    backend, *flags = rest.split(",")
+    if not name or backend not in BACKENDS or not all(flag.startswith("-") for flag in flags):
+        known = ", ".join(BACKENDS)
+        raise ConfigError(
+            f"--ours={word}: it is NAME=BACKEND[,FLAG...], as in k1=vxlan,--vxlan-source-ports=1; backends: {known}"
+        )
+    return name, backend, flags
 
 
 def _foreign(word: str) -> list[Candidate]:

@@ -68,6 +68,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 def _add_brought(parser: argparse.ArgumentParser) -> None:
     for option, metavar, text in (
+        ("--ours", "NAME=BACKEND[,FLAG...]", "our flanneld once more, with flags of its own; repeatable"),
         ("--flanneld", "NAME=PATH[,BACKEND...]", "another flanneld, with each backend (udp,vxlan); repeatable"),
         ("--tunnel", "NAME=SCRIPT", "any tunnel: `SCRIPT up|down` on each node, see docs/benchmarks.md; repeatable"),
     ):
@@ -123,7 +124,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ConfigError("--rounds is at least 1, --seconds from 0.1 to 600")
     usual = _QUICK if quick else _FULL if arguments.full else _WORKLOADS
     workloads = [Workload.parse(name) for name in arguments.workloads or usual]
-    brought = roster.Brought(arguments.prototype, arguments.flanneld, arguments.tunnel, arguments.our_flags)
+    given = arguments
+    brought = roster.Brought(given.prototype, given.flanneld, given.tunnel, given.our_flags, given.ours)
     plan = Plan(
         candidates=roster.candidates(
             arguments.candidates or (roster.QUICK if quick else roster.DEFAULT), brought, workloads

@@ -166,7 +166,12 @@ def test_a_foreign_start_that_fails_is_repeated(up: Stand, tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     "candidate",
-    [KernelVxlan(), Daemon("udp", with_leases=True)],
+    [
+        KernelVxlan(),
+        Daemon("udp", with_leases=True),
+        Daemon("vxlan", BACKENDS["vxlan"], with_leases=True),
+        Daemon("kernel", BACKENDS["vxlan"], ["--vxlan-dataplane=kernel"], with_leases=True),
+    ],
     ids=lambda one: one.name,
 )
 def test_far_leases_are_taken_moved_and_removed(up: Stand, candidate: Candidate) -> None:
@@ -192,9 +197,10 @@ def test_far_leases_are_taken_moved_and_removed(up: Stand, candidate: Candidate)
         assert "10.192" not in up.run(member, ["ip", "route", "show", "table", "all"])
 
 
-def test_a_change_of_all_leases_under_load(up: Stand) -> None:
+@pytest.mark.parametrize("backend", ["udp", "vxlan"])
+def test_a_change_of_all_leases_under_load(up: Stand, backend: str) -> None:
     """Few leases and a short sample: what is tested is the measurement, not the path's speed."""
-    with carrying(Daemon("udp", with_leases=True), up) as ends:
+    with carrying(Daemon(backend, BACKENDS[backend], with_leases=True), up) as ends:
         found = composite.publish(up, ends, Timing(0.2, 0.5), count=50, least=1.5)
         assert found["quiet_gap_ms"] > 0
         assert found["gap_ms"] > 0
@@ -209,7 +215,11 @@ def test_a_held_gil_stops_no_packet(up: Stand) -> None:
         assert found["held_gap_ms"] < 900, "the path has waited for the GIL"
 
 
-@pytest.mark.parametrize("candidate", [Baseline(), Daemon("vxlan", BACKENDS["vxlan"])], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "candidate",
+    [Baseline(), Daemon("vxlan", BACKENDS["vxlan"]), Daemon("host-gw", BACKENDS["host-gw"], with_leases=True)],
+    ids=lambda one: one.name,
+)
 def test_what_a_candidate_cannot_do_is_skipped_with_the_reason(up: Stand, candidate: Candidate) -> None:
     with carrying(candidate, up) as ends:
         for name in ("peers-10", "publish", "gil"):
@@ -428,6 +438,10 @@ def test_injected_faults_come_back(name: str, tmp_path: Path) -> None:
         (["--workloads=sctp-1"], "is no workload"),
         (["--flanneld=go"], "NAME=PATH"),
         (["--flanneld=go=/nowhere/flanneld"], "is no program"),
+        (["--ours=k1"], "NAME=BACKEND"),
+        (["--ours=k1=ipip"], "backends: host-gw, vxlan, udp"),
+        (["--ours=k1=vxlan,k=1"], "NAME=BACKEND[,FLAG...]"),
+        (["--candidates=vxlan", "--ours=vxlan=udp"], "two candidates are called 'vxlan'"),
         (["--tunnel=mine"], "NAME=SCRIPT"),
         (["--tunnel=mine=/nowhere.sh"], "no such file"),
         (["--flanneld=a=/bin/true,udp", "--flanneld=a=/bin/false,udp"], "two candidates are called 'a-udp'"),
