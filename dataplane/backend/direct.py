@@ -96,8 +96,7 @@ class DirectlyRouted:
 
 
 def _plan(peer: Peer, direct: int) -> tuple[Entry, ...]:
-    # inner IPv6 over an IPv4 underlay, as udp has it: an IPv6 packet needs the encapsulation
-    if not direct or peer.subnet.version != peer.address.version:
+    if not direct:
         return ()
     return (rtnetlink.route(peer.subnet, direct, peer.address, onlink=False),)
 

@@ -162,7 +162,7 @@ class PeerEntries:
     def is_direct(self, subnet: IPNetwork) -> bool:
         """Whether packets to that peer leave without encapsulation, by DirectRouting."""
         peer = self._peers.get(subnet)
-        return peer is not None and peer.address in self._ways
+        return peer is not None and self._way_to(peer) != 0
 
     @property
     def refused(self) -> dict[IPNetwork, str]:
@@ -228,6 +228,10 @@ class PeerEntries:
         self._ways.update(found)
         return news
 
+    def _way_to(self, peer: Peer) -> int:
+        """The second argument of the plan. IPv6 for a node at an IPv4 address, as in udp, has no way but the tunnel."""
+        return self._ways.get(peer.address, 0) if peer.subnet.version == peer.address.version else 0
+
     async def _replan(self, subnets: Iterable[IPNetwork]) -> None:
         old: dict[bytes, Entry] = {}
         new: dict[bytes, Entry] = {}
@@ -235,7 +239,7 @@ class PeerEntries:
             old.update((entry.key, entry) for entry in self._needs.pop(subnet, ()))
             peer = self._peers.get(subnet)
             if peer is not None:
-                self._needs[subnet] = self._plan(peer, self._ways.get(peer.address, 0))
+                self._needs[subnet] = self._plan(peer, self._way_to(peer))
                 new.update((entry.key, entry) for entry in self._needs[subnet])
         put = [entry for key, entry in new.items() if old.get(key) != entry]
         drop = [entry for key, entry in old.items() if key not in new]

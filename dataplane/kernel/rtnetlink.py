@@ -174,6 +174,14 @@ def delete_message(entry: Entry, sequence: int) -> bytes:
     return _message(entry.scope.table.message + 1, NLM_F_REQUEST, sequence, entry.body)
 
 
+def clearing_message(entry: Entry, sequence: int) -> bytes:
+    """Take away the route to the destination of this one, by whatever way it goes."""
+    destination = destination_of(entry)
+    family, length, packed = entry.scope.family, destination.prefixlen, destination.network_address.packed
+    body = _RTMSG.pack(family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
+    return _message(RTM_NEWROUTE + 1, NLM_F_REQUEST, sequence, body + _attribute(RTA_DST, packed))
+
+
 def dump_message(scope: Scope, sequence: int) -> bytes:
     """Ask for the entries of a scope; of routes, those of the main table. Needs strict checking."""
     if scope.table is Table.ROUTE:

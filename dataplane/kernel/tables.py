@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from dataplane.errors import KernelError
 from dataplane.kernel import rtnetlink
-from dataplane.kernel.rtnetlink import Entry, IPAddress, Scope
+from dataplane.kernel.rtnetlink import Entry, IPAddress, Scope, Table
 
 R = TypeVar("R")
 
@@ -91,7 +91,7 @@ class Tables:
 
     async def put(self, entries: Sequence[Entry]) -> list[Refused]:
         """Put every entry in, in this order, in place of one with the same key. Returns those that were refused."""
-        return await self._run(lambda: self._change(entries, rtnetlink.set_message))
+        return await self._run(lambda: self._put(entries))
 
     async def delete(self, entries: Sequence[Entry]) -> list[Refused]:
         """Delete exactly these entries; what is not there is no refusal."""
@@ -110,6 +110,18 @@ class Tables:
 
     async def _run(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    def _put(self, entries: Sequence[Entry]) -> list[Refused]:
+        """IPv6 looks for a gateway within the route's own destination by the route that is to be replaced, and refuses
+        it on another device (net/ipv6/route.c, ip6_route_check_nh_onlink): there the old one has to go first."""
+        refused = self._change(entries, rtnetlink.set_message)
+        blocked = [refusal.entry for refusal in refused if refusal.code == errno.EINVAL and _is_route_v6(refusal.entry)]
+        if not blocked:
+            return refused
+        self._change(blocked, rtnetlink.clearing_message)
+        again = {entry.key for entry in blocked}
+        others = [refusal for refusal in refused if refusal.entry.key not in again]
+        return others + self._change(blocked, rtnetlink.set_message)
 
     def _change(self, entries: Sequence[Entry], pack: Callable[[Entry, int], bytes]) -> list[Refused]:
         refused = []
@@ -181,6 +193,10 @@ class Tables:
             except OSError as error:
                 raise KernelError(f"cannot look routes up: {error.strerror}") from error
         return found
+
+
+def _is_route_v6(entry: Entry) -> bool:
+    return entry.scope.table is Table.ROUTE and entry.scope.family == rtnetlink.AF_INET6
 
 
 T = TypeVar("T")

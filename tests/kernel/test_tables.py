@@ -113,6 +113,24 @@ def test_entries_of_both_families_are_those_that_iproute2_shows(ns: Namespace) -
     assert (entry["gateway"], entry["dev"], entry["flags"]) == ("198.18.0.8", "v0", [])
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_route_changes_its_device_there_and_back(ns: Namespace, version: int) -> None:
+    """As with DirectRouting. By iproute2's `replace` the kernel refuses it for IPv6."""
+    direct, tunnelled = of_both_families(ns)[3 if version == 4 else 7], of_both_families(ns)[2 if version == 4 else 6]
+    subnet, first = destination_of(tunnelled), destination_of(tunnelled).network_address
+    outer = ip_address("198.18.0.8" if version == 4 else "fd00:198:18::8")
+    direct = route(subnet, direct.scope.index, outer, onlink=False)
+    other = route(ip_network("10.5.7.0/24" if version == 4 else "fd00:5:7::/64"), 999, first, onlink=True)
+
+    async def work(tables: Tables) -> None:
+        for entry, gone in ((direct, tunnelled), (tunnelled, direct), (direct, tunnelled)):
+            refused = await tables.put([other, entry])
+            assert [refusal.entry for refusal in refused] == [other], "one without a device"
+            assert await stand(tables, [entry, gone]) == [True, False]
+
+    ask(ns, work)
+
+
 def test_what_flannels_own_commands_make_is_recognised(ns: Namespace) -> None:
     """The equivalent commands of facts 7.2, by iproute2 in place of flannel."""
     for line in (

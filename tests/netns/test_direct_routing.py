@@ -15,10 +15,37 @@ pytestmark = [pytest.mark.netns, pytest.mark.timeout(600)]
 CASES = [("vxlan", "kernel", "flannel.1"), ("vxlan", "userspace", "flannel.1"), ("udp", "", "flannel0")]
 
 
-def routes(lab: Lab, node: str) -> dict[str, str]:
+def routes(lab: Lab, node: str, version: int = 4) -> dict[str, str]:
     """Device by destination, of routes of protocol boot."""
-    shown = json.loads(lab.run(node, ["ip", "-j", "route", "show", "proto", "boot"]).stdout)
+    shown = json.loads(lab.run(node, ["ip", "-j", f"-{version}", "route", "show", "proto", "boot"]).stdout)
     return {route["dst"]: route["dev"] for route in shown}
+
+
+@pytest.mark.parametrize(("backend", "dataplane", "device"), CASES)
+def test_ipv6_goes_the_shortest_way_too_where_the_underlay_has_it(
+    make_lab: MakeLab, backend: str, dataplane: str, device: str
+) -> None:
+    """udp has an underlay of IPv4, over which a packet of IPv6 needs the encapsulation."""
+    lab = make_lab(3, backend=backend, dataplane=dataplane, direct_routing=True, families="46")
+    until("all pods reach each other", lambda: all(pair.whole for pair in lab.ping_all(3)))
+    direct = {peer["subnet"]: peer["direct"] for peer in status_of(lab.node("n1"))["peers"]}
+    assert sorted(direct.values()) == ([False, False, True, True] if backend == "udp" else [True] * 4)
+    far = status_of(lab.node("n2"))["lease"]["subnet_v6"]
+    if backend == "udp":
+        assert far not in routes(lab, "n1", 6)
+        return
+    assert routes(lab, "n1", 6)[far] == "eth0"
+    lab.run("n1", ["ip", "-6", "route", "del", far])
+    until("a direct route comes back", lambda: routes(lab, "n1", 6).get(far) == "eth0")
+    # n1 learns that n2 is behind a router, which is n3 here
+    outer = {name: str(node.addresses[1].ip) for name, node in lab.nodes.items()}
+    detour = ["ip", "-6", "route", "add", outer["n2"], "via", outer["n3"]]
+    lab.run("n1", detour)
+    until("packets are encapsulated", lambda: routes(lab, "n1", 6).get(far, "flannel-v6.1") == "flannel-v6.1")
+    until("and pods reach each other", lambda: all(pair.whole for pair in lab.ping_all(3)))
+    lab.run("n1", ["ip", "-6", "route", "del", *detour[4:]])
+    until("n2 is direct again", lambda: routes(lab, "n1", 6).get(far) == "eth0")
+    assert all(pair.whole for pair in lab.ping_all(3))
 
 
 @pytest.mark.parametrize(("backend", "dataplane", "device"), CASES)
