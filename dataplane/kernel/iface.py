@@ -86,11 +86,9 @@ def stay(current: Underlay, chosen: Underlay, around: Surroundings) -> Underlay:
         return chosen
     good = {a.interface.ip for a in around.addresses if a.index == chosen.index and not a.deprecated}
     if current.address in good and current.address != chosen.address:
-        public = current.address if chosen.public_ip == chosen.address else chosen.public_ip
-        chosen = replace(chosen, address=current.address, public_ip=public)
+        chosen = replace(chosen, address=current.address, public_ip=current.public_ip)
     if current.address_v6 in good and current.address_v6 != chosen.address_v6:
-        public_v6 = current.address_v6 if chosen.public_ipv6 == chosen.address_v6 else chosen.public_ipv6
-        chosen = replace(chosen, address_v6=current.address_v6, public_ipv6=public_v6)
+        chosen = replace(chosen, address_v6=current.address_v6, public_ipv6=current.public_ipv6)
     return chosen
 
 
@@ -138,7 +136,7 @@ class _Node:
     def published(self, hit: _Hit) -> Underlay:
         """The hit with an address of every family that is on."""
         link, wanted = hit.link, self._wanted
-        v4 = (hit.v4 or self._best(link, 4)) if wanted.v4 else None
+        v4 = (hit.v4 or self._pinned_v4(link) or self._best(link, 4)) if wanted.v4 else None
         v6 = (hit.v6 or self._pinned_v6(link) or self._best(link, 6)) if wanted.v6 else None
         if link.mtu == 0:
             raise _NoHitError(f"failed to determine MTU for {v4 or v6} interface")
@@ -232,6 +230,11 @@ class _Node:
                 f"{found[0].name}"
             )
         return _Hit(found[0])
+
+    def _pinned_v4(self, link: Link) -> IPv4Address | None:
+        """-public-ip, where this interface has it: peers send to it, and take only what comes from it."""
+        wanted = self._wanted.public_ip
+        return wanted if wanted is not None and self._owner(wanted) == link else None
 
     def _pinned_v6(self, link: Link) -> IPv6Address | None:
         """-public-ipv6, where an interface has it: which must be this one."""

@@ -86,6 +86,17 @@ def test_a_public_ip_that_is_configured_here_decides_before_the_route() -> None:
     assert pick(public_ip="198.18.1.2", routes=()).name == "eth1"
 
 
+def test_a_public_ip_that_the_named_interface_has_is_the_one_to_send_from() -> None:
+    chosen = pick("eth1", public_ip="198.18.1.2")
+    assert (chosen.name, *map(str, (chosen.address, chosen.public_ip))) == ("eth1", "198.18.1.2", "198.18.1.2")
+    chosen = pick("198.18.1.1", public_ip="198.18.1.2")
+    assert tuple(map(str, (chosen.address, chosen.public_ip))) == ("198.18.1.1", "198.18.1.2"), "said otherwise"
+    behind_nat = pick("eth0", public_ip="198.18.1.2")
+    around = Surroundings(LINKS, [*ADDRESSES, address(ETH0, "198.18.1.2/24", secondary=True)])
+    configured = pick("eth0", public_ip="198.18.1.2", addresses=[*around.addresses[:3], around.addresses[-1]])
+    assert stay(behind_nat, configured, around) == behind_nat, "what is published does not change with it"
+
+
 def test_behind_nat_the_public_ip_is_only_published() -> None:
     chosen = pick(public_ip="198.19.0.1")
     assert (chosen.name, str(chosen.address), str(chosen.public_ip)) == ("eth1", "198.18.1.1", "198.19.0.1")

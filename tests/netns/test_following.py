@@ -47,6 +47,28 @@ def test_a_stream_lives_on_while_its_node_gets_another_address(make_lab: MakeLab
     assert "The underlay of this node has changed: address 198.18." in node.log.read_text()
 
 
+@pytest.mark.parametrize(("backend", "dataplane"), [("vxlan", "kernel"), ("vxlan", "userspace"), ("udp", "")])
+def test_a_stream_lives_on_while_its_node_publishes_another_address(
+    make_lab: MakeLab, backend: str, dataplane: str
+) -> None:
+    """Only -public-ip changes, which takes another start of the daemon: the node has both addresses all the time."""
+    lab = make_lab(2, backend=backend, dataplane=dataplane)
+    node = lab.node("n2")
+    subnet = status_of(node)["lease"]["subnet"]
+    lab.run("n2", ["ip", "addr", "add", "198.18.9.50/15", "dev", "eth0"])
+    with lab.traffic("tcp", "n1-p1", "n2-p1", "--bytes=20000000", "--until-eof") as run:
+        for address in ("198.18.9.50", str(node.address.ip)):
+            node.stop_daemon()
+            node.start_daemon(f"-public-ip={address}")
+            node.wait_ready()
+            assert status_of(node)["lease"]["subnet"] == subnet
+            until(f"n1 knows {address}", knows(lab, node, "n1", address))
+            until("n1 reaches n2", lambda: lab.ping("n1-p1", "n2-p1", count=3).received > 0)
+        assert run.poll() is None, "the stream was over before the node had moved"
+        result = measure.verdict(run, 300)
+    assert result["equal"], result
+
+
 def test_another_mtu_reaches_the_device_and_the_subnet_file(make_lab: MakeLab) -> None:
     lab = make_lab(2)
     node = lab.node("n1")
