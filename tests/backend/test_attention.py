@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from dataplane.backend import attention
 from dataplane.backend.attention import Attention, rest_after
 from dataplane.errors import KernelError
 
@@ -24,6 +25,21 @@ async def test_an_alarm_is_a_look_also_one_from_before_the_start() -> None:
         attention.alarm()
         await looked.acquire()
         await attention.close()
+
+
+async def test_without_an_alarm_there_is_a_look_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "AUDIT_SECONDS", 0.01)
+    looked = asyncio.Semaphore(0)
+
+    async def look() -> None:
+        looked.release()
+
+    looking = Attention(look)
+    looking.start()
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await looked.acquire()
+        await looking.close()
 
 
 async def test_a_look_that_failed_is_tried_again() -> None:

@@ -16,7 +16,7 @@ from dataplane.errors import KernelError
 from dataplane.kernel.netlink import Netlink
 from dataplane.path.capability import EVERYTHING
 from dataplane.path.datapath import PathEvent, PathEventKind, SourceCheck
-from tests.backend.tunnels import NETWORKS, Node, carries_everything, overlay, ping
+from tests.backend.tunnels import NETWORKS, Node, carries_everything, overlay, ping, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 
@@ -78,6 +78,25 @@ def test_the_node_moves_to_another_address() -> None:
         one.machine.command("ip", "address", "del", "198.18.0.1/24", "dev", "eth0")
         assert ping(one, two, 4).returncode == 0
         assert ping(two, one, 6).returncode == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_others_take_away_comes_back_complete(version: int) -> None:
+    with overlay() as ((one, two), _):
+        for node in (one, two):
+            node.start(udp())
+        one.learn(two)
+        two.learn(one)
+        for line in (
+            f"ip -{version} route flush dev flannel0 proto boot",
+            f"ip -{version} address flush dev flannel0 scope global",
+            "ip link set flannel0 down",
+            "ip link del flannel0",
+        ):
+            one.machine.command(*line.split())
+            wait_until(f"after {line}", lambda: ping(one, two, version, "-c", "1", "-W", "1").returncode == 0)
+            assert ping(two, one, version).returncode == 0, line
+        assert one.status().repairs >= 3
 
 
 def test_forged_sources_leave_no_more_than_so_many_entries() -> None:

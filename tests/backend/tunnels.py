@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -287,6 +288,14 @@ def udp_exchange(source: Node, target: Node, version: int, sizes: Sequence[int],
 def ping(source: Node, target: Node, version: int, *options: str) -> subprocess.CompletedProcess[str]:
     argv = ("ping", f"-{version}", "-n", "-c", "2", "-i", "0.1", "-W", "2", *options, target.pod_address(version))
     return source.pod.command(*argv, check=False)
+
+
+def wait_until(what: str, check: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Ask again until the answer is true; fails after a bound."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@ and leases of nodes that speak another language."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dataplane.bench import profile
 from dataplane.lab import Lab, measure
 from dataplane.path.capability import Capability
 from tests.netns.conftest import MakeLab
@@ -22,10 +24,11 @@ ALL_WAYS = [[("n1", "n2"), ("n2", "n3"), ("n3", "n1")], [("n2", "n1"), ("n3", "n
 OUR_WAYS = [[("n1", "n2"), ("n2", "n3")], [("n2", "n1"), ("n3", "n2")]]
 """Those on which our own path carries: n2 is the node in userspace."""
 UNDERLAY_PROFILES = {
-    "tx off": "tx off",
-    "no tunnel offload": "tx on tx-udp_tnl-segmentation off tx-udp_tnl-csum-segmentation off",
-    "gro": "tx on tx-udp_tnl-segmentation on tx-udp_tnl-csum-segmentation on gro on",
+    "tx off": {"tx": False},
+    "tx on, gro": {"tx": True, "gro": True},
+    **{name: profile.load(name).ethtool for name in ("p2", "p2x", "p3")},
 }
+"""On top of each other; the last are those of `loden bench`, of which each takes more away. "As is" is its p1."""
 HURT = ("LENGTH", "SEND_FAILED", "TUN_WRITE", "SUPERFRAME", "SPOOFED_SOURCE", "UNKNOWN_PEER", "RESERVED_BITS")
 
 
@@ -35,20 +38,20 @@ def sizes_of(mtu: int, version: int) -> str:
     return f"1,17,64,512,{min(1400, whole - 1)},{whole},{whole + 1},8000,65507"
 
 
-def carry_everything(lab: Lab, profile: str, ways: list[list[tuple[str, str]]] = ALL_WAYS) -> None:
+def carry_everything(lab: Lab, how: str, ways: list[list[tuple[str, str]]] = ALL_WAYS) -> None:
     """TCP and UDP from node to node, by every IP version; of `ways`, what stands together at the same time."""
     mtu = min(status_of(lab.node(name))["mtu"] for name in ("n1", "n2"))
     for version in lab.settings.versions:
         for pairs in ways:
             with ThreadPoolExecutor(len(pairs)) as pool:
-                done = [pool.submit(carry, lab, one, other, version, mtu, profile) for one, other in pairs]
+                done = [pool.submit(carry, lab, one, other, version, mtu, how) for one, other in pairs]
             for future in done:
                 future.result()
 
 
-def carry(lab: Lab, one: str, other: str, version: int, mtu: int, profile: str) -> None:
+def carry(lab: Lab, one: str, other: str, version: int, mtu: int, how: str) -> None:
     source, target = f"{one}-p1", f"{other}-p1"
-    where = f"{profile}: {source} to {target}, IPv{version}"
+    where = f"{how}: {source} to {target}, IPv{version}"
     with lab.traffic("tcp", source, target, f"--bytes={TCP_BYTES}", version=version) as run:
         result = measure.verdict(run, 120)
     assert result["equal"], (where, result)
@@ -59,9 +62,10 @@ def carry(lab: Lab, one: str, other: str, version: int, mtu: int, profile: str) 
     assert faults == {"lost": 0, "altered": 0, "duplicated": 0, "stalls": []}, (where, result)
 
 
-def set_features(lab: Lab, device: str, nodes: tuple[str, ...], features: str) -> None:
+def set_features(lab: Lab, device: str, nodes: tuple[str, ...], features: Mapping[str, bool]) -> None:
+    words = [word for name, state in features.items() for word in (name, "on" if state else "off")]
     for name in nodes:
-        lab.run(name, ["ethtool", "-K", device, *features.split()])
+        lab.run(name, ["ethtool", "-K", device, *words])
 
 
 @pytest.mark.etcd
@@ -74,14 +78,13 @@ def test_kernel_userspace_and_a_node_made_by_hand_carry_everything(make_lab: Mak
     until("all pairs answer", lambda: all(pair.whole for pair in lab.ping_all(count=5)))
 
     carry_everything(lab, "as is")
-    for profile, features in UNDERLAY_PROFILES.items():
+    for name, features in UNDERLAY_PROFILES.items():
         set_features(lab, "eth0", NODES, features)
-        carry_everything(lab, profile, OUR_WAYS)
-    for device in ("flannel.1", "flannel-v6.1"):
-        set_features(lab, device, ("n1", "n3"), "tx off gso off gro off")
-    carry_everything(lab, "no offloads of the vxlan devices", OUR_WAYS)
-    for device in ("flannel.1", "flannel-v6.1"):
-        set_features(lab, device, ("n1", "n3"), "tx on gso on gro on")
+        carry_everything(lab, name, OUR_WAYS)
+    for state, what in ((False, "no offloads of the vxlan devices"), (True, "and all of them again")):
+        for device in ("flannel.1", "flannel-v6.1"):
+            set_features(lab, device, ("n1", "n3"), dict.fromkeys(("tx", "gso", "gro"), state))
+        carry_everything(lab, what, OUR_WAYS)
     node = lab.node("n2")
     node.stop_daemon()
     node.start_daemon(*(f"--{capability.word}=false" for capability in Capability))

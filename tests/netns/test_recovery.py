@@ -32,7 +32,17 @@ WITHIN = 5.0 if TRIALS == 1 else 15.0
 """Seconds; what takes longer is no recovery. A bound for the test, not what is promised. A node whose address changes
 again and again is followed ever more slowly, hence more for many trials."""
 DATAPLANES = ("kernel", "userspace")
-DEVICE = "flannel.1"
+WAYS = {
+    "kernel": ("vxlan", "kernel", "flannel.1"),
+    "userspace": ("vxlan", "userspace", "flannel.1"),
+    "udp": ("udp", "", "flannel0"),
+}
+"""Backend, its dataplane, and its device."""
+
+
+def make_pair(make_lab: MakeLab, way: str) -> Lab:
+    backend, dataplane, _ = WAYS[way]
+    return make_lab(2, backend=backend, dataplane=dataplane)
 
 
 @contextmanager
@@ -52,67 +62,68 @@ def is_whole(lab: Lab, one: str, other: str) -> Callable[[], bool]:
     return lambda: reaches(lab, f"{one}-p1", f"{other}-p1") and reaches(lab, f"{other}-p1", f"{one}-p1")
 
 
-def tell(event: str, dataplane: str, results: list[dict[str, Any]]) -> None:
+def tell(event: str, way: str, results: list[dict[str, Any]]) -> None:
     gaps, lost = ([1000 * result["gap"] for result in results], [result["lost"] for result in results])
     sys.stdout.write(
-        f"\n| {event} | {dataplane} | {statistics.median(gaps):.0f} ms | {max(gaps):.0f} ms | "
+        f"\n| {event} | {way} | {statistics.median(gaps):.0f} ms | {max(gaps):.0f} ms | "
         f"{statistics.median(lost):.0f} | {max(lost)} |\n"
     )
 
 
-def network_state(lab: Lab, node: str) -> tuple[object, ...]:
+def network_state(lab: Lab, node: str, device: str) -> tuple[object, ...]:
     """Device, addresses, and the routes through it."""
-    (device,) = json.loads(lab.run(node, ["ip", "-j", "addr", "show", DEVICE]).stdout)
-    addresses = [(entry["local"], entry["prefixlen"]) for entry in device["addr_info"]]
-    routes = json.loads(lab.run(node, ["ip", "-j", "route", "show", "dev", DEVICE]).stdout)
-    return device["ifindex"], device["mtu"], device.get("address"), addresses, [route["dst"] for route in routes]
+    (link,) = json.loads(lab.run(node, ["ip", "-j", "addr", "show", device]).stdout)
+    addresses = [(entry["local"], entry["prefixlen"]) for entry in link["addr_info"]]
+    routes = json.loads(lab.run(node, ["ip", "-j", "route", "show", "dev", device]).stdout)
+    return link["ifindex"], link["mtu"], link.get("address"), addresses, [route["dst"] for route in routes]
 
 
-@pytest.mark.parametrize("dataplane", DATAPLANES)
-def test_a_daemon_is_killed_and_started_again(make_lab: MakeLab, dataplane: str) -> None:
-    lab = make_lab(2, backend="vxlan", dataplane=dataplane)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_daemon_is_killed_and_started_again(make_lab: MakeLab, way: str) -> None:
+    lab, (_, _, device) = make_pair(make_lab, way), WAYS[way]
     node, results = lab.node("n2"), []
-    before = network_state(lab, "n2")
+    before = network_state(lab, "n2", device)
     with lab.traffic("tcp", "n2-p1", "n1-p1", "--bytes=20000000", "--until-eof") as stream:
         for _ in range(TRIALS):
             with beating(lab, "n1", "n2") as result:
                 node.stop_daemon(signal.SIGKILL)
-                assert network_state(lab, "n2") == before, "the device is left as it was"
+                assert network_state(lab, "n2", device) == before, "the device is left as it was"
                 node.start_daemon()
                 node.wait_ready()
                 lab.settle()
-            assert network_state(lab, "n2") == before
+            assert network_state(lab, "n2", device) == before
             results.append(result)
         assert stream.poll() is None
         assert measure.verdict(stream, 120)["equal"]
-    tell("kill -9 and start", dataplane, results)
-    if dataplane == "kernel":
+    tell("kill -9 and start", way, results)
+    if way == "kernel":
         assert [result["lost"] for result in results] == [0] * TRIALS
 
 
-Event = Callable[[Lab, int], None]
-"""Hurts n2; the number is that of the trial. What is to be seen of it is waited for."""
+Event = Callable[[Lab, str, int], None]
+"""Hurts n2 or its device; the number is that of the trial. What is to be seen of it is waited for."""
 
 
 def commands(*lines: str) -> Event:
-    def run(lab: Lab, _trial: int) -> None:
+    def run(lab: Lab, device: str, _trial: int) -> None:
         for line in lines:
-            lab.run("n2", line.split())
+            lab.run("n2", line.format(device).split())
 
     return run
 
 
-def change_address(lab: Lab, trial: int) -> None:
+def change_address(lab: Lab, _device: str, trial: int) -> None:
     address = f"198.18.9.{trial + 1}"
     lab.node("n2").readdress(IPv4Interface(f"{address}/15"))
     until("n1 knows", lambda: address in {peer["public_ip"] for peer in status_of(lab.node("n1"))["peers"]})
 
 
-def change_mtu(lab: Lab, trial: int) -> None:
-    mtu = 1400 + trial
+def change_mtu(lab: Lab, device: str, trial: int) -> None:
+    mtu, overhead = 1400 + trial, 28 if device == "flannel0" else 50
     lab.run("n2", ["ip", "link", "set", "eth0", "mtu", str(mtu)])
-    until("the device has it", lambda: f" mtu {mtu - 50} " in lab.run("n2", ["ip", "link", "show", DEVICE]).stdout)
-    assert f"FLANNEL_MTU={mtu - 50}" in until("subnet.env says it", lambda: subnet_file_with(lab, mtu - 50))
+    inner = mtu - overhead
+    until("the device has it", lambda: f" mtu {inner} " in lab.run("n2", ["ip", "link", "show", device]).stdout)
+    assert f"FLANNEL_MTU={inner}" in until("subnet.env says it", lambda: subnet_file_with(lab, inner))
 
 
 def subnet_file_with(lab: Lab, mtu: int) -> str:
@@ -121,25 +132,25 @@ def subnet_file_with(lab: Lab, mtu: int) -> str:
 
 
 EVENTS = {
-    "ip link del flannel.1": commands(f"ip link del {DEVICE}"),
-    "ip link set flannel.1 down": commands(f"ip link set {DEVICE} down"),
-    "ip addr flush dev flannel.1": commands(f"ip addr flush dev {DEVICE}"),
-    "ip route flush dev flannel.1": commands(f"ip route flush dev {DEVICE}"),
-    "ip neigh flush, every entry": commands(f"ip neigh flush dev {DEVICE} nud all", "ip neigh flush dev eth0"),
+    "ip link del": commands("ip link del {}"),
+    "ip link set down": commands("ip link set {} down"),
+    "ip addr flush": commands("ip addr flush dev {}"),
+    "ip route flush": commands("ip route flush dev {}"),
+    "ip neigh flush, every entry": commands("ip neigh flush dev {} nud all", "ip neigh flush dev eth0"),
     "address of the underlay": change_address,
     "MTU of the underlay": change_mtu,
 }
 
 
 @pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("dataplane", DATAPLANES)
-def test_what_is_taken_away_or_changed_under_load(make_lab: MakeLab, dataplane: str, event: str) -> None:
-    lab = make_lab(2, backend="vxlan", dataplane=dataplane)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_taken_away_or_changed_under_load(make_lab: MakeLab, way: str, event: str) -> None:
+    lab, (_, _, device) = make_pair(make_lab, way), WAYS[way]
     before, results = status_of(lab.node("n2")), []
     with lab.traffic("tcp", "n2-p1", "n1-p1", "--bytes=20000000", "--until-eof") as stream:
         for trial in range(TRIALS):
             with beating(lab, "n1", "n2") as result:
-                EVENTS[event](lab, trial)
+                EVENTS[event](lab, device, trial)
                 time.sleep(0.5)
                 until(f"packets flow after {event}", lambda: lab.ping("n1-p1", "n2-p1", count=3).received)
             results.append(result)
@@ -149,7 +160,7 @@ def test_what_is_taken_away_or_changed_under_load(make_lab: MakeLab, dataplane: 
     after = status_of(lab.node("n2"))
     assert (after["pid"], after["lease"]["subnet"], after["ready"]) == (before["pid"], before["lease"]["subnet"], True)
     assert max(result["gap"] for result in results) < WITHIN, results
-    tell(event, dataplane, results)
+    tell(event, way, results)
 
 
 STORE_EVENTS: dict[str, Callable[[FlannelNode, int], None]] = {
