@@ -7,6 +7,7 @@ with a network of its own) share these chains.
 One text differs from flannel's, the fourth of nftables' masquerading. Flannel has `saddr != P daddr N return`
 there (P: this node's subnet, N: the network): it takes everything that the last rule is for, so packets from the host
 to pods of other nodes keep an address that those nodes cannot answer to. Ours is what flannel's own iptables say.
+Flannel's is known as ours, so that it goes where flannel ran before: it would stand in front, and take the same.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def texts(rules: Rules, former: Sequence[Rules], chain: Chain, *, nftables: bool
     wanted = rules.masquerade if chain.masquerades else rules.forward
     shared, own = render(rules, chain)
     known = {text for each in (rules, *former) for variant in each.variants() for text in render(variant, chain)[1]}
+    if nftables and chain.masquerades:
+        known.update(_flannels_fourth(each) for each in (rules, *former))
     return Texts(shared, own if wanted else (), frozenset(known))
 
 
@@ -151,9 +154,18 @@ def _iptables(rules: Rules, chain: Chain) -> tuple[tuple[str, ...], tuple[str, .
     )
 
 
+def _nft_fields(version: int) -> tuple[str, str]:
+    return ("ip saddr", "ip daddr") if version == 4 else ("ip6 saddr", "ip6 daddr")
+
+
+def _flannels_fourth(rules: Rules) -> str:
+    source, target = _nft_fields(rules.version)
+    return f"{source} != {rules.subnet} {target} {rules.network} return"
+
+
 def _nftables(rules: Rules, chain: Chain) -> tuple[tuple[str, ...], tuple[str, ...]]:
     network, subnet = rules.network, rules.subnet
-    source, target = ("ip saddr", "ip daddr") if rules.version == 4 else ("ip6 saddr", "ip6 daddr")
+    source, target = _nft_fields(rules.version)
     if not chain.masquerades:
         return (), (f"{source} {network} accept", f"{target} {network} accept")
     masquerade = f"masquerade{' fully-random' * rules.fully_random}"

@@ -235,6 +235,22 @@ def test_rules_of_a_former_network_are_recycled(ns: Namespace, nftables: bool) -
         assert ours(ns, 4) == filled(MASQUERADE_RULES + FORWARD_RULES, V4)
 
 
+@both_families
+def test_flannels_fourth_nftables_rule_goes_where_flannel_ran_before(ns: Namespace, version: int) -> None:
+    """It would stand before ours and take the host's packets; seen when a real flanneld was swapped for this one."""
+    rules = FAMILY[version]
+    fourth = "{ip} saddr != {N} {ip} daddr {P} return", "{ip} saddr != {P} {ip} daddr {N} return"
+    ns.command("nft", "-f", "-", stdin=filled(NFT_TABLE.replace(*fourth), rules))
+    assert filled(fourth[1], rules) in ruleset(ns)
+    assert ensure(ns, rules, nftables=True)
+    now, wanted = (text.replace("\n\n", "\n").splitlines() for text in (ruleset(ns), filled(NFT_TABLE, rules)))
+    chain = slice(*(wanted.index(f"\tchain {name} {{") for name in ("postrtg", "forward")))
+    begin = now.index("\tchain postrtg {")
+    assert now[begin : begin + chain.stop - chain.start] == wanted[chain]  # in this order
+    assert sorted(now) == sorted(wanted)
+    assert not ensure(ns, rules, nftables=True)
+
+
 @both_engines
 def test_two_overlays_of_one_machine_share_the_chains_in_peace(ns: Namespace, nftables: bool) -> None:
     """As with flannel, whose functional tests run two daemons on a host; neither may undo the other's rules."""
