@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def render(wish: Wish, values: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """The file's text. Raises ConfigError for a FLANNEL_IPMASQ that is neither true nor false."""
-    options: dict[str, str] = {}
+    """The file's text. What the environment has under a name like those that are written goes in as well, as with
+    flannel's script. Raises ConfigError for a FLANNEL_IPMASQ that is neither true nor false."""
+    options = {name: value for name, value in environ.items() if name.startswith("DOCKER_OPT_")}
     if subnet := values.get("FLANNEL_SUBNET"):
         options["DOCKER_OPT_BIP"] = f"--bip={subnet}"
     ours = values.get("FLANNEL_IPMASQ", "")
@@ -79,9 +80,13 @@ def render(wish: Wish, values: Mapping[str, str], environ: Mapping[str, str]) ->
         options["DOCKER_OPT_IPMASQ"] = f"--ip-masq={'false' if ours == 'true' else 'true'}"
     if mtu := values.get("FLANNEL_MTU"):
         options["DOCKER_OPT_MTU"] = f"--mtu={mtu}"
-    lines = [f'{name}="{option}"' for name, option in options.items()] if wish.individual else []
+    written = sorted(options.items())
+    lines = [f'{name}="{option}"' for name, option in written] if wish.individual else []
     if wish.combined:
-        lines.append(f'{wish.key}="{" ".join([environ.get(wish.key, ""), *options.values()])}"')
+        former = environ.get(wish.key, "")
+        # two blanks behind what stood there: some compare the file with the one that flannel's script writes
+        words = (f"{former} " if former else "", *(option for _, option in written))
+        lines.append(f'{wish.key}="{" ".join(words)}"')
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -60,7 +60,14 @@ def test_who_masquerades_keeps_docker_from_it(place: Path) -> None:
 
 def test_options_that_stand_in_the_environment_come_first(place: Path) -> None:
     assert run(place, "-c", DOCKER_OPTS="-H fd://").returncode == 0
-    assert (place / "out").read_text() == f'DOCKER_OPTS="-H fd:// {BIP} {MASQ} {MTU}"\n'
+    assert (place / "out").read_text() == f'DOCKER_OPTS="-H fd://  {BIP} {MASQ} {MTU}"\n'
+
+
+def test_single_options_of_the_environment_are_written_too_but_for_those_that_we_know(place: Path) -> None:
+    environ = {"DOCKER_OPT_DEBUG": "--debug", "DOCKER_OPT_MTU": "--mtu=9"}
+    assert run(place, "-m", **environ).returncode == 0
+    lines = [f'DOCKER_OPT_BIP="{BIP}"', 'DOCKER_OPT_DEBUG="--debug"', f'DOCKER_OPT_MTU="{MTU}"']
+    assert (place / "out").read_text().splitlines() == [*lines, f'DOCKER_OPTS=" {BIP} --debug {MTU}"']
 
 
 @pytest.mark.parametrize("words", [("-h",), ("-?",), ("-x",), ("-k",), ("-k", "a b"), ("word",)])
