@@ -137,7 +137,7 @@ class Daemon:
             self._store = await parts.open_store(self._options)
             stack.push_async_callback(self._store.close)
             self._answers.store = self._store.name
-            log.info("Created subnet manager: %s", self._store.name)
+            log.info("Created subnet manager: %s", self._manager_words())
             claim, past = self._memory.claim(), self._memory.past(self._store.name)
             if past is not None:
                 trouble = await _trouble_of(self._store)
@@ -147,6 +147,14 @@ class Daemon:
                     past = None
             while not await self._live(self._store, claim, past):
                 past = None  # the store has another network by now
+
+    def _manager_words(self) -> str:
+        """What flannel calls etcd and the subnet file, which scripts look for, and then our store's name."""
+        name = self._answers.store
+        if self._options.lease_store:
+            return name
+        previous = subnetfile.read_previous(self._places.subnet_file)
+        return f"Etcd Local Manager with Previous Subnet: {texts.subnets(previous) if previous else None} ({name})"
 
     async def _live(self, store: LeaseStore, claim: Claim | None, past: Past | None) -> bool:
         """Carry packets until the daemon is stopped. With `past`, begin without the store; False if it then turns out

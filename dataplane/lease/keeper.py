@@ -201,7 +201,8 @@ class LeaseKeeper:
             self.counters.lost_races += 1
             log.warning("Another node was faster with lease %s, trying again", key)
             return None
-        log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
+        if isinstance(step, Take):
+            log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
         self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
         self._table.set_own(written.key)
         self._tell_own(self._own)

@@ -37,7 +37,7 @@ def subnets(key: LeaseKey) -> str:
 
 
 def families(key: LeaseKey) -> str:
-    return f"ip: {key.subnet} ipv6: {key.subnet_v6 or '::'}"
+    return f"ip: {key.subnet} ipv6: {key.subnet_v6 or '::/0'}"
 
 
 def duration(seconds: float) -> str:

@@ -186,7 +186,7 @@ async def test_a_new_node_draws_a_subnet_and_writes_flannels_value(
         assert node.keeper.expires_at == DAY
     assert "Picking subnet in range 10.5.1.0 ... 10.5.6.0" in caplog.text
     subnet = node.key.replace("-", "/")
-    assert f"Allocated lease (ip: {subnet} ipv6: ::) to current node (192.0.2.1)" in caplog.text
+    assert f"Allocated lease (ip: {subnet} ipv6: ::/0) to current node (192.0.2.1)" in caplog.text
     assert node.key in store.entries, "a stop does not give the lease back"
 
 
@@ -198,7 +198,7 @@ async def test_a_lease_of_our_address_is_reused_with_fresh_attributes(
     async with living(store, node):
         assert store.entries["10.5.3.0-24"].value == value(node.ip)
         assert store.expiries == {"10.5.3.0-24": DAY}
-    assert "Found lease (ip: 10.5.3.0/24 ipv6: ::) for current IP (192.0.2.1), reusing" in caplog.text
+    assert "Found lease (ip: 10.5.3.0/24 ipv6: ::/0) for current IP (192.0.2.1), reusing" in caplog.text
 
 
 async def test_a_claim_moves_the_lease_to_our_new_address(store: SimulatedStore) -> None:
