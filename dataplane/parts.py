@@ -34,6 +34,11 @@ INSTEAD = {
 """What to use in place of flannel's other backends."""
 
 
+def refusal(kind: str) -> str:
+    """Why the start ends with one of flannel's other backends."""
+    return f"Backend.Type {kind!r} is not carried by Loden: {INSTEAD[kind]}"
+
+
 async def open_store(options: Options) -> LeaseStore:
     """The lease store that the flags name."""
     if options.lease_store:
@@ -62,7 +67,7 @@ async def make_backend(
             udp = partial(_udp, options, network, config, facing, netlink, memory)
             return _with_direct_routes(network, udp) if config.direct_routing else udp(None)
         case netconf.VxlanConfig() as config:
-            if await _dataplane(options, config, netlink) == "userspace":
+            if await vxlan_dataplane(options, config, netlink) == "userspace":
                 vxlan = partial(_vxlan, options, network, config, facing, netlink, memory)
                 return _with_direct_routes(network, vxlan) if config.direct_routing else vxlan(None)
             from dataplane.backend.kernel_vxlan import KernelVxlanBackend
@@ -77,11 +82,12 @@ async def make_backend(
 
             return AllocBackend(facing, network)
         case netconf.ForeignConfig(type=kind):
-            raise ConfigError(f"Backend.Type {kind!r} is not carried by Loden: {INSTEAD[kind]}")
+            raise ConfigError(refusal(kind))
 
 
-async def _dataplane(options: Options, config: netconf.VxlanConfig, netlink: Netlink) -> str:
-    """Who carries vxlan: what the flag says, else the net-conf, else the kernel, as with flannel."""
+async def vxlan_dataplane(options: Options, config: netconf.VxlanConfig, netlink: Netlink) -> str:
+    """Who carries vxlan, `kernel` or `userspace`: what the flag says, else the net-conf, else the kernel, as with
+    flannel. Raises ConfigError where that must be the kernel and it cannot."""
     asked = options.vxlan_dataplane or config.dataplane or "kernel"
     if asked == "userspace" or await netlink.has_vxlan():
         return "userspace" if asked == "userspace" else "kernel"

@@ -27,6 +27,7 @@ from dataplane.kernel import subnetfile, underlay
 from dataplane.kernel.facts import Link
 from dataplane.lease.model import LeaseAttrs
 from dataplane.lease.store import LeaseStore, Snapshot
+from dataplane.memory import Memory
 from dataplane.netconf import NetworkConfig
 from dataplane.options import Options
 
@@ -62,7 +63,7 @@ async def check(found: Found | None) -> list[Finding]:
     findings += [Finding("flags", DIFFERS, warning) for warning in chosen.warnings]
     findings.append(Finding("flags", OK, "every flag and variable is understood"))
     findings += _of_subnet_file(chosen)
-    findings += _of_kernel()
+    findings += _of_machine()
     findings += [finding async for finding in _of_store(chosen, found)]
     return findings
 
@@ -95,15 +96,10 @@ def _of_subnet_file(chosen: Options) -> Iterator[Finding]:
     yield Finding("subnet file", DIFFERS, f"new files beside it: {new}")
 
 
-def _of_kernel() -> Iterator[Finding]:
+def _of_machine() -> Iterator[Finding]:
     yield Finding("kernel", OK, f"Linux {platform.release()}, {os.cpu_count()} CPUs")
     if os.geteuid() != 0:
         yield Finding("kernel", DIFFERS, "this check does not run as root: some holders and variables stay unseen")
-    try:
-        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
-        yield Finding("kernel", OK, "/dev/net/tun can be opened")
-    except OSError as error:
-        yield Finding("kernel", BLOCKED, f"/dev/net/tun: {error.strerror}; the udp backend needs it: modprobe tun")
 
 
 async def _of_store(chosen: Options, found: Found | None) -> AsyncIterator[Finding]:
@@ -145,11 +141,8 @@ async def _read(store: LeaseStore) -> tuple[bytes | None, Snapshot]:
 
 def _of_network(chosen: Options, network: NetworkConfig) -> Iterator[Finding]:
     yield from (Finding("net-conf", DIFFERS, warning) for warning in network.warnings)
-    kind = network.backend.type
-    if isinstance(network.backend, netconf.ForeignConfig):
-        yield Finding("net-conf", BLOCKED, f"Backend.Type {kind!r} is not carried by this version")
-    else:
-        yield Finding("net-conf", OK, f"backend {kind}, network {network.network or network.ipv6_network}")
+    networks = " and ".join(map(str, network.networks))
+    yield Finding("net-conf", OK, f"backend {network.backend.type}, network {networks}")
     tools = ["iptables"] * network.enable_ipv4 + ["ip6tables"] * network.enable_ipv6
     if network.enable_nftables:
         tools = ["nft"]
@@ -176,19 +169,28 @@ async def _of_node(
         links = await netlink.links()
         for finding in _of_port(network, links, found):
             yield finding
+        if isinstance(network.backend, netconf.ForeignConfig):
+            yield Finding("backend", BLOCKED, parts.refusal(network.backend.type))
         try:
             facing = await Surveyor(chosen, network, netlink).first()
         except ConfigError as error:
             yield Finding("underlay", BLOCKED, str(error))
             return
-        shown = f"{facing.name}, {facing.address}, public IP {facing.public_ip}, MTU {facing.mtu}"
-        yield Finding("underlay", OK, shown)
+        yield Finding("underlay", OK, _shown(facing, network))
         for finding in _of_leases(chosen, network, snapshot, facing):
+            yield finding
+        async for finding in _of_backend(chosen, network, facing, netlink, links):
             yield finding
         async for finding in _of_devices(network, netlink, links):
             yield finding
     finally:
         await netlink.close()
+
+
+def _shown(facing: Underlay, network: NetworkConfig) -> str:
+    v4 = [f"{facing.address}, public IP {facing.public_ip}"] * network.enable_ipv4
+    v6 = [f"{facing.address_v6}, public IPv6 {facing.public_ipv6}"] * network.enable_ipv6
+    return ", ".join([facing.name, *v4, *v6, f"MTU {facing.mtu}"])
 
 
 def _of_port(network: NetworkConfig, links: Sequence[Link], found: Found | None) -> Iterator[Finding]:
@@ -232,6 +234,53 @@ def _of_leases(chosen: Options, network: NetworkConfig, snapshot: Snapshot, faci
         same = kind == network.backend.type
         text = f"{count} other node{'s' * (count != 1)} with backend {kind}"
         yield Finding("peers", OK if same else DIFFERS, text if same else f"{text}: not reached from a node with ours")
+
+
+async def _of_backend(
+    chosen: Options, network: NetworkConfig, facing: Underlay, netlink: Netlink, links: Sequence[Link]
+) -> AsyncIterator[Finding]:
+    """What the daemon would choose, by the same way; making a backend's object changes nothing, starting it would."""
+    if isinstance(network.backend, netconf.ForeignConfig):
+        return
+    carrier = "userspace" if isinstance(network.backend, netconf.UdpConfig) else "kernel"
+    places = subnetfile.places(chosen.subnet_file, chosen.control_socket)
+    try:
+        if isinstance(network.backend, netconf.VxlanConfig):
+            carrier = await parts.vxlan_dataplane(chosen, network.backend, netlink)
+        backend = await parts.make_backend(chosen, network, facing, netlink, Memory(places.state))
+    except LodenError as error:
+        yield Finding("backend", BLOCKED, str(error))
+        return
+    yield Finding("backend", OK, f"{network.backend.type} in {'userspace' if carrier == 'userspace' else 'the kernel'}")
+    if carrier == "userspace":
+        for finding in _of_tun():
+            yield finding
+    former = subnetfile.read_values(places.subnet_file).get("FLANNEL_MTU", str(backend.mtu))
+    if former == str(backend.mtu):
+        yield Finding("MTU", OK, f"{backend.mtu}, as in the subnet file")
+    else:
+        text = f"{backend.mtu}, and the subnet file says {former}: pods that are there keep theirs, new ones get this"
+        yield Finding("MTU", DIFFERS, text)
+    if isinstance(network.backend, netconf.VxlanConfig):
+        ours = (f"flannel.{network.backend.vni}", f"flannel-v6.{network.backend.vni}")
+        for link in links:
+            if link.name in ours and link.kind == "vxlan":
+                yield _of_vxlan_device(link.name, carrier)
+
+
+def _of_vxlan_device(name: str, carrier: str) -> Finding:
+    if carrier == "kernel":
+        return Finding("device", OK, f"{name} is taken over with its MAC and entries: packets go on")
+    return Finding("device", DIFFERS, f"{name} gives way to a TUN with its MAC: packets stop for that moment")
+
+
+def _of_tun() -> Iterator[Finding]:
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+        yield Finding("kernel", OK, "/dev/net/tun can be opened")
+    except OSError as error:
+        text = f"/dev/net/tun: {error.strerror}; a userspace dataplane needs it: modprobe tun"
+        yield Finding("kernel", BLOCKED, text)
 
 
 async def _of_devices(network: NetworkConfig, netlink: Netlink, links: Sequence[Link]) -> AsyncIterator[Finding]:

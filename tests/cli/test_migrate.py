@@ -122,6 +122,9 @@ def test_a_node_of_flannels_can_be_swapped_and_is_left_as_it_is(
     assert "FLANNEL_SUBNET=10.5.7.1/24" in found["subnet file"][0]
     assert f"pid {process.pid}) has UDP 8285 now: stop flanneld" in found["port"][0]
     assert found["underlay"] == ["ok: eth0, 198.18.0.1, public IP 198.18.0.1, MTU 1500"]
+    assert found["backend"] == ["ok: udp in userspace"]
+    assert "ok: /dev/net/tun can be opened" in found["kernel"]
+    assert found["MTU"] == ["ok: 1472, as in the subnet file"]
     assert found["rules"] == ["ok: by iptables, whose rules of flannel are taken over"]
     _, seen = check(node)
     assert seen["command"][0].startswith(f"ok: process {process.pid}: flanneld -c read --ip-masq")
@@ -133,7 +136,8 @@ def test_a_node_of_flannels_can_be_swapped_and_is_left_as_it_is(
 @pytest.mark.parametrize(
     ("config", "flags", "area", "text"),
     [
-        (CONFIG.replace("udp", "ipsec"), ["--iface=eth0"], "net-conf", "'ipsec' is not carried"),
+        (CONFIG.replace("udp", "ipsec"), ["--iface=eth0"], "backend", "'ipsec' is not carried by Loden"),
+        (CONFIG.replace("udp", "host-gw"), ["--iface=eth0", "--public-ip=198.18.9.9"], "backend", "198.18.9.9"),
         ("{", ["--iface=eth0"], "net-conf", "JSON"),
         (None, ["--iface=eth0"], "net-conf", "has no network config"),
         (CONFIG, ["--iface=eth7"], "underlay", "error looking up interface eth7"),
@@ -149,6 +153,29 @@ def test_what_keeps_a_node_from_being_swapped(
     code, found = check(node, f"-etcd-endpoints={etcd.url}", f"-subnet-file={tmp_path}/subnet.env", *flags)
     assert code == 1
     assert any(line.startswith("blocked: ") and text in line for line in found[area]), found
+
+
+@pytest.mark.netns
+@pytest.mark.etcd
+def test_what_becomes_of_flannels_vxlan_device_is_told_by_who_will_carry(
+    node: Namespace, etcd: EtcdServer, tmp_path: Path
+) -> None:
+    etcd.etcdctl("put", "/coreos.com/network/config", CONFIG.replace("udp", "vxlan"))
+    kind = ("vxlan", "id", "1", "local", "198.18.0.1", "dev", "eth0", "dstport", "8472", "nolearning")
+    node.command("ip", "link", "add", "flannel.1", "mtu", "1450", "type", *kind)
+    (tmp_path / "subnet.env").write_text("FLANNEL_SUBNET=10.5.7.1/24\nFLANNEL_MTU=1400\n")
+    flags = [f"-etcd-endpoints={etcd.url}", f"-subnet-file={tmp_path}/subnet.env", "--iface=eth0"]
+    before = everything(node, etcd, tmp_path)
+    code, found = check(node, *flags)
+    assert code == 0, found
+    assert found["backend"] == ["ok: vxlan in the kernel"]
+    assert "ok: flannel.1 is taken over with its MAC and entries: packets go on" in found["device"]
+    assert found["MTU"][0].startswith("differs: 1450, and the subnet file says 1400")
+    code, found = check(node, *flags, "--vxlan-dataplane=userspace")
+    assert code == 0, found
+    assert found["backend"] == ["ok: vxlan in userspace"]
+    assert any(line.startswith("differs: flannel.1 gives way to a TUN") for line in found["device"])
+    assert everything(node, etcd, tmp_path) == before
 
 
 @pytest.mark.netns
