@@ -71,6 +71,8 @@ async def _chain_rules(version: int, chain: Chain) -> list[str] | None:
     """The rules of our chain as iptables prints them; None where there is no such chain."""
     try:
         listing = await _listed(version, chain.table, chain.name)
+    except ToolKilledError:
+        raise
     except KernelError:
         # the table itself was listed just before: what is missing is the chain
         return None
@@ -247,6 +249,10 @@ class ToolMissingError(KernelError):
     """The program is not installed."""
 
 
+class ToolKilledError(KernelError):
+    """The program was ended before it could answer, which says nothing about the rules."""
+
+
 async def _run(tool: str, *arguments: str, stdin: str = "") -> str:
     """Standard output of a program that succeeded. Raises KernelError with what it said."""
     command = " ".join([tool, *arguments])
@@ -268,6 +274,10 @@ async def _run(tool: str, *arguments: str, stdin: str = "") -> str:
             process.kill()
             await process.wait()
         raise
+    if process.returncode is not None and process.returncode < 0:
+        raise ToolKilledError(
+            f"cannot read or change the firewall: `{command}` was ended by signal {-process.returncode}"
+        )
     if process.returncode != 0:
         reason = complaint.decode(errors="replace").strip() or f"exit status {process.returncode}"
         raise KernelError(f"cannot read or change the firewall: `{command}`: {reason}")

@@ -17,13 +17,15 @@ from urllib.parse import urlsplit
 
 # gRPC writes each refused connection to stderr in its own words; our errors say it once. Read when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# Else gRPC starts threads anew in each forked child; on a busy machine they crash it before it has become iptables.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 import grpc
 import grpc.aio
 
 from dataplane.errors import ConfigError, StoreUnavailable
 
-# grpc too: whoever takes it from here gets it with the setting above
+# grpc too: whoever takes it from here gets it with the settings above
 __all__ = ["RPC_SECONDS", "Endpoint", "Lost", "TlsFiles", "grpc"]
 
 RPC_SECONDS = 5.0

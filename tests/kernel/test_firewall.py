@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -522,6 +523,24 @@ def test_a_refusal_comes_with_what_the_tool_said(ns: Namespace, nftables: bool) 
     assert "KernelError: cannot read or change the firewall: `" in stderr
     assert "ermi" in stderr.rpartition("KernelError")[2]  # Permission denied, Operation not permitted
     assert ruleset(ns) == ""
+
+
+def test_a_tool_that_is_killed_is_no_missing_chain(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else the chain would be made anew, without what others keep there."""
+    ensure(ns, V4, nftables=False)
+    ns.command("iptables", "-t", "nat", "-A", "FLANNEL-POSTRTG", "-s", "10.77.0.0/16", "-j", "RETURN")
+    before = listing(ns, 4, "nat")
+    real = shutil.which("iptables")
+    dies = 'case "$*" in *"-S FLANNEL-POSTRTG"*) kill -SEGV $$ ;; esac'
+    (tmp_path / "iptables").write_text(f'#!/bin/sh\n{dies}\nexec {real} "$@"\n')
+    (tmp_path / "iptables").chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with pytest.raises(KernelError, match=r"`iptables -w 30 -t nat -S FLANNEL-POSTRTG` was ended by signal 11"):
+            ensure(ns, V4, nftables=False)
+    assert listing(ns, 4, "nat") == before
 
 
 def test_a_cancelled_change_leaves_no_process(

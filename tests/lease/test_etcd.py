@@ -176,6 +176,29 @@ async def test_a_value_that_etcd_refuses_is_a_store_error(server: EtcdServer, op
 # --- a server that dies ---------------------------------------------------------------------------------------
 
 
+FORK = """
+import asyncio, os, sys
+from dataplane.lease.etcd import EtcdStore
+
+async def main():
+    store = EtcdStore([sys.argv[1]], "/x")
+    await store.snapshot()
+    if (child := os.fork()) == 0:
+        os._exit(len(os.listdir("/proc/self/task")))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_forked_child_has_none_of_grpcs_threads(server: EtcdServer) -> None:
+    """They crash it before it has become another program, iptables for instance; seen on a busy machine."""
+    argv = [sys.executable, "-c", FORK, server.url]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done
+
+
 async def test_a_killed_server_ends_the_watch_and_a_restarted_one_resumes_it(
     server: EtcdServer, opened: Opener
 ) -> None:
