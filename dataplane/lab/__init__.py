@@ -51,9 +51,18 @@ class Lab:
 
     @classmethod
     def create(
-        cls, name: str, nodes: int = 3, settings: Settings | None = None, progress: Callable[[str], None] = _silent
+        cls,
+        name: str,
+        nodes: int = 3,
+        settings: Settings | None = None,
+        progress: Callable[[str], None] = _silent,
+        *,
+        daemons: bool = True,
     ) -> Lab:
-        """Build a lab and wait until every node knows every other. Raises LabError, and then nothing is left."""
+        """Build a lab and wait until every node knows every other. Raises LabError, and then nothing is left.
+
+        `daemons`: False for machines without a daemon and with unconnected pods, on which the caller starts its own.
+        """
         lab = cls(name, settings or Settings(), progress)
         if not 1 <= nodes <= plan.MAX_NODES:
             raise ConfigError(f"a lab has 1 to {plan.MAX_NODES} nodes, not {nodes}")
@@ -65,10 +74,11 @@ class Lab:
             lab._build_switch()
             lab._start_store()
             for _ in range(nodes):
-                lab.add_node()
-            for node in lab.nodes.values():
-                lab._bring_up(node)
-            lab.settle()
+                lab.add_node(start=daemons)
+            if daemons:
+                for node in lab.nodes.values():
+                    lab._bring_up(node)
+                lab.settle()
         except BaseException:
             cls.destroy(name)
             raise

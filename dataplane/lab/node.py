@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface
@@ -35,6 +36,8 @@ class Node:
     lab: Lab
     number: int
     address: IPv4Interface
+    program: Sequence[str] = DAEMON
+    """What `start_daemon` starts; another flanneld takes the same flags, but for those that are ours alone."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -67,7 +70,8 @@ class Node:
         """The command line of this node's daemon, with further flags."""
         dataplane = self.lab.settings.dataplane_of(self.number)
         chosen = [f"-vxlan-dataplane={dataplane}"] if dataplane else []
-        return [*DAEMON, "-iface=eth0", f"-subnet-file={self.subnet_file}", *self.lab.store_flags, *chosen, *flags]
+        where = ["-iface=eth0", f"-subnet-file={self.subnet_file}", *self.lab.store_flags]
+        return [*self.program, *where, *chosen, *flags]
 
     def start_daemon(self, *flags: str) -> None:
         """Start flanneld on this node; returns at once, see `wait_ready`."""

@@ -24,11 +24,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture
 def make_lab(request: pytest.FixtureRequest) -> Iterator[MakeLab]:
-    """`make_lab(nodes, name=..., **settings)`: a lab that stands until the test ends."""
+    """`make_lab(nodes, name=..., daemons=..., **settings)`: a lab that stands until the test ends."""
     made: list[Lab] = []
 
-    def make(nodes: int = 2, *, name: str | None = None, **settings: object) -> Lab:
-        lab = Lab.create(name or f"e{secrets.token_hex(4)}", nodes, Settings(**settings))  # type: ignore[arg-type]  # any
+    def make(nodes: int = 2, *, name: str | None = None, daemons: bool = True, **settings: object) -> Lab:
+        chosen = Settings(**settings)  # type: ignore[arg-type]  # any
+        lab = Lab.create(name or f"e{secrets.token_hex(4)}", nodes, chosen, daemons=daemons)
         made.append(lab)
         return lab
 
