@@ -178,6 +178,9 @@ class Daemon:
             keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
             self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)
             if past is None:
+                former = self._memory.past(store.name)
+                if former is not None:
+                    keeper.remember(former.snapshot)
                 lease = await keeper.acquire()
             else:
                 lease = keeper.resume(past.own, past.left, past.snapshot)
@@ -185,8 +188,8 @@ class Daemon:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     running = [tasks.create_task(keeper.run())]
-                    former = subnetfile.read_networks(self._places.subnet_file)
-                    upkeep = Upkeep(self._options, network, lease.key, former, netlink)
+                    networks = subnetfile.read_networks(self._places.subnet_file)
+                    upkeep = Upkeep(self._options, network, lease.key, networks, netlink)
                     await upkeep.start()
                     following = self._follow_node(surveyor, facing, backend, keeper, network, lease)
                     running += [tasks.create_task(upkeep.run()), tasks.create_task(following.run())]

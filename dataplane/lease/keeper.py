@@ -94,6 +94,7 @@ class LeaseKeeper:
         )
         self._own: Ownership | None = None
         self._remembered: Snapshot | None = None
+        self._former: Snapshot | None = None
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._gate = LogGate()
@@ -157,6 +158,11 @@ class LeaseKeeper:
         self._table.set_own(held.key)
         self._remembered = snapshot
         return self._own.lease
+
+    def remember(self, snapshot: Snapshot) -> None:
+        """Before `run`: what a former daemon here knew of this store. It counts only where the first look shows that
+        the store was wiped since; else that look says all there is."""
+        self._former = snapshot
 
     async def acquire(self) -> Lease:
         """Get a lease, however long the store or a race takes. Raises LeaseError when no subnet is free."""
@@ -274,10 +280,12 @@ class LeaseKeeper:
         snapshot = await self._store.snapshot()
         self._fine()
         self.counters.resyncs += 1
+        former, self._former = self._former, None
+        if former is not None and _is_wiped(snapshot, former.revision):
+            await self._deliver(own, replace(self._table.reset(former), own=None), certain=False)
         # reads are linearizable, so a revision below a known one is the start of another history
         restarted = snapshot.revision < max(self._table.revision, own.revision)
-        # nothing there that we could have known: wiped, even if some nodes have put theirs back already
-        wiped = restarted or all(entry.create_revision > self._table.revision for entry in snapshot.entries)
+        wiped = restarted or _is_wiped(snapshot, self._table.revision)
         losses, now = self._losses, self._clock()
         if wiped and self._table.peers and losses.wiped(now):
             self._wake.set()
@@ -444,6 +452,11 @@ class LeaseKeeper:
             case Finding.ADOPTED:
                 kind = "a reservation without expiry" if own.expires_at is None else "what the store brought back"
                 log.warning("Our lease %s was written by others and names this node (%s): kept as %s", key, ip, kind)
+
+
+def _is_wiped(snapshot: Snapshot, known: int) -> bool:
+    """Nothing in it is as old as what was known, even if some nodes have put theirs back already."""
+    return snapshot.revision < known or all(entry.create_revision > known for entry in snapshot.entries)
 
 
 def _wall_time(at: float | None, now: float) -> str:

@@ -144,6 +144,8 @@ async def test_the_config_is_waited_for_and_each_trouble_is_told(
     await clock.advance(10)
     store.config = b'{"Network":"10.5.0.0/33"}'
     await clock.advance(10)
+    store.config = b'{"EnableIPv4":false}'
+    await clock.advance(10)
     assert not fetch.done()
     store.config = b'{"Network":"10.5.0.0/16"}'
     await clock.advance(6)
@@ -151,6 +153,7 @@ async def test_the_config_is_waited_for_and_each_trouble_is_told(
     assert "Couldn't fetch network config: simulated: offline" in caplog.text
     assert "flannel config not found in etcd store. Did you create your config using etcdv3 API?" in caplog.text
     assert "10.5.0.0/33" in caplog.text
+    assert "none defined stack: EnableIPv4 and EnableIPv6 are both false" in caplog.text
 
 
 async def test_an_endless_trouble_is_told_each_second_first_and_rarely_later(
@@ -927,6 +930,38 @@ async def test_peers_that_changed_meanwhile_are_corrected_and_a_wiped_store_take
             assert store.entries[held.key].value == value(node.ip)
         finally:
             await node.stop()
+
+
+@pytest.mark.parametrize("wiped", ["not", "emptied", "replaced"])
+async def test_a_store_that_was_wiped_before_the_start_takes_no_known_peer_away(
+    store: SimulatedStore, caplog: pytest.LogCaptureFixture, wiped: str
+) -> None:
+    """The store answers this daemon from the first moment, and all that speaks of the peers is what the former daemon
+    knew: of a store that is whole that counts nothing."""
+    first = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))
+    for number in (2, 3):
+        store.put(f"10.5.{number}.0-24", value(f"192.0.2.{number}"), DAY)
+    async with living(store, first):
+        pass
+    _, past = remembered(store, first.key)
+    if wiped == "not":
+        store.remove("10.5.2.0-24")
+    else:
+        store.wipe(restart=wiped == "replaced")
+    node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"), grace=60.0)
+    node.keeper.remember(past)
+    async with living(store, node):
+        assert node.key == "10.5.1.0-24"
+        if wiped == "not":
+            assert node.said() == [("added", "10.5.3.0-24")]
+            return
+        assert sorted(node.said()) == [("added", "10.5.2.0-24"), ("added", "10.5.3.0-24")]
+        assert "the 2 peers are kept for 1m0s" in caplog.text
+        assert (node.keeper.synced, node.keeper.healthy) == (True, True)
+        store.put("10.5.2.0-24", value("192.0.2.2"), DAY)  # one of them is back
+        await store.clock.advance(62)
+        assert node.said() == [("removed", "10.5.3.0-24")]
+        assert set(node.peers) == {"10.5.2.0-24"}
 
 
 async def test_a_start_without_the_store_at_another_address_says_so_later(store: SimulatedStore) -> None:
