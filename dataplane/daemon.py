@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataplane import __version__, klog, netconf, parts, systemd
+from dataplane import __version__, collecting, klog, netconf, parts, systemd
 from dataplane import options as flags
 from dataplane.backend.base import Backend, Underlay
 from dataplane.cleanup import cleanup
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("%s", flags.describe(options))
     import uvloop
 
+    collecting.prepare()
     try:
         uvloop.run(cleanup(options) if options.cleanup else run(options))
     except LodenError as error:
@@ -131,6 +132,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(subnetfile.DaemonLock(self._places.lock))
             stack.enter_context(systemd.watched(os.environ))
+            stack.callback(asyncio.create_task(collecting.run(self._events)).cancel)
             await self._listen(stack)
             self._memory = Memory(self._places.state)
             stack.push_async_callback(self._memory.close)
@@ -273,6 +275,9 @@ class Daemon:
             log.warning("%s", warning)
         log.info("Found network config - Backend type: %s", network.backend.type)
         return text, network
+
+    def _events(self) -> int:
+        return 0 if self._keeper is None else self._keeper.counters.events
 
     def _ready(self) -> bool:
         """Packets can be carried, the peers are known, and our lease is ours."""

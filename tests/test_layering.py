@@ -46,7 +46,7 @@ FLOORS = {
     ],
     2: [
         "backend.attention",
-        *("lease.sqlite_database", "lease.etcd_endpoint", "lease.config"),
+        *("lease.sqlite_database", "lease.etcd_endpoint", "lease.config", "lease.gathering"),
         *("kernel.*", "path.datapath"),
         *("debug.dissect", "debug.layers", "debug.metrics"),
     ],
@@ -64,7 +64,7 @@ FLOORS = {
         "debug.recording",
     ],
     5: ["debug.answers"],
-    6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "klog", "health", "systemd"],
+    6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "collecting", "klog", "health", "systemd"],
     7: ["lab.*"],
     8: ["bench.*", "extcap"],
     9: ["cli.*"],

@@ -214,8 +214,9 @@ class PeerEntries:
             else:
                 self._peers[subnet] = peer
         if self._direct:
-            present = {peer.address for peer in self._peers.values()}
-            self._ways = {address: way for address, way in self._ways.items() if address in present}
+            if len(self._ways) > len(self._peers):  # of addresses that no peer has any more; seldom, since it is long
+                present = {peer.address for peer in self._peers.values()}
+                self._ways = {address: way for address, way in self._ways.items() if address in present}
             await self._decide({peer.address for peer in changes.values() if peer is not None})
         await self._replan(changes)
 

@@ -20,6 +20,7 @@ from dataplane.errors import HistoryGone, StoreError, StoreUnavailable
 from dataplane.lease import texts
 from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, Take, Wish, plan
 from dataplane.lease.config import Clock, Sleep, range_v4, range_v6
+from dataplane.lease.gathering import gathered
 from dataplane.lease.loss import Losses
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
@@ -267,8 +268,11 @@ class LeaseKeeper:
             await self._sleep(backoff.next())
 
     async def _watch(self, own: Ownership, backoff: Backoff) -> None:
-        async with contextlib.aclosing(self._store.watch(self._table.revision)) as stream:
-            async for batch in stream:
+        async with (
+            contextlib.aclosing(self._store.watch(self._table.revision)) as stream,
+            contextlib.aclosing(gathered(stream)) as batches,
+        ):
+            async for batch in batches:
                 backoff.reset()
                 async with self._turn:
                     self._fine()

@@ -223,9 +223,9 @@ class LeaseTable:
         # the value is compared too: a store that was wiped may count up to the same revisions again
         if before is not None and same and (before.mod_revision, before.digest) == (entry.mod_revision, digest):
             return replace(before, missing=False) if before.missing else before
-        key = good = fault = None
+        key, good, fault = before.key if before is not None else None, None, None
         try:
-            key = LeaseKey.parse(entry.key)
+            key = key or LeaseKey.parse(entry.key)
             attrs = LeaseAttrs.decode(entry.value)
             obeyed = self._checked(key, attrs)
             good = Lease(obeyed, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
