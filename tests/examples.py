@@ -14,6 +14,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "capture.md"
 _VARIABLE = [
     (r"\d\d:\d\d:\d\d\.\d+", "TIME"),
     (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
+    (r": ([0-9a-f]{2} ){3,7}[0-9a-f]{2}$", ": HEX"),
     (r"\b\d+\.\d+ ms", "N ms"),
     (r"\bheard (now|never|\d+ (s|min) ago)|\b(never|now|\d+ (s|min) ago)\b|\bnever heard\b", "HEARD"),
     (r"\b(REACHABLE|STALE|DELAY|PROBE)\b|not asked for yet", "STATE"),

@@ -43,6 +43,7 @@ FLOORS = {
         "kernel.steering",
         "debug.expression",
         "debug.pcapng",
+        "debug.fields",
     ],
     2: [
         "backend.attention",
@@ -53,7 +54,8 @@ FLOORS = {
     3: [
         *("backend.userspace", "backend.entries"),
         *("lease.sqlite", "lease.etcd", "lease.keeper"),
-        *("debug.reading", "debug.verdict"),
+        *("debug.reading", "debug.verdict", "debug.comparison"),
+        "path.rehearsal",
     ],
     4: [
         "backend.*",
@@ -62,8 +64,9 @@ FLOORS = {
         "debug.control",
         "debug.explain",
         "debug.recording",
+        "debug.rehearsing",
     ],
-    5: ["debug.answers"],
+    5: ["debug.answers", "debug.replay"],
     6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "collecting", "klog", "health", "systemd"],
     7: ["lab.*"],
     8: ["bench.*", "extcap"],
@@ -93,6 +96,7 @@ EXT_FLOORS = {
     "_rx": 4,
     "_duty": 5,
     "_engine": 6,
+    "_rehearsal": 7,
 }
 
 
@@ -176,9 +180,11 @@ def test_only_the_datapath_imports_the_engine() -> None:
     users = {
         m
         for m, p in modules().items()
-        if {"dataplane._engine", "dataplane._fib", "dataplane._offload", "dataplane._tap"} & absolute_imports(p)
+        if {f"dataplane.{name}" for name in ("_engine", "_fib", "_offload", "_tap", "_rehearsal")} & absolute_imports(p)
     }
-    assert users == {"path.datapath", "bench.micro"}, "bench.micro measures the compiled modules by themselves"
+    assert users == {"path.datapath", "path.rehearsal", "bench.micro"}, (
+        "the path, the path without its threads, and bench.micro, which measures the compiled modules by themselves"
+    )
 
 
 def test_compiled_imports_go_down() -> None:

@@ -23,6 +23,7 @@ from dataplane.cli import (
     migrate,
     net_conf,
     read,
+    replay,
     status,
     systemd_unit,
     version,
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add(verbs)
     capture.add(verbs)
     read.add(verbs)
+    replay.add(verbs)
     extcap.add(verbs)
     net_conf.add(verbs)
     migrate.add(verbs)

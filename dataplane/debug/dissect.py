@@ -121,10 +121,14 @@ def line(packet: Packet) -> str:
     """One readable line: time, direction, flow, what it is, and the comment without what the line says already."""
     clock = time.strftime("%H:%M:%S", time.localtime(packet.ns // 10**9))
     way = "rx" if packet.direction == INBOUND else "tx"
-    seen = look(ip_of(packet))
-    what = f"{packet.length} bytes that are no IP packet" if seen is None else _what(seen)
     rest = " ".join(word for word in packet.comment.split(" ") if not word.startswith("dir="))
-    return f"{clock}.{packet.ns // 1000 % 10**6:06d} {way} {what}  {rest}".rstrip()
+    return f"{clock}.{packet.ns // 1000 % 10**6:06d} {way} {what(ip_of(packet), packet.length)}  {rest}".rstrip()
+
+
+def what(data: bytes, length: int) -> str:
+    """Flow, flags and length of a packet that begins with `data` and has `length` bytes."""
+    seen = look(data)
+    return f"{length} bytes that are no IP packet" if seen is None else _what(seen)
 
 
 def _what(seen: Seen) -> str:

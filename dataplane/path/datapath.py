@@ -244,6 +244,11 @@ class Datapath:
         self._publish_timer: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def engine(self) -> Engine:
+        """For dataplane.path.rehearsal, which goes the ways of a path that was not started."""
+        return self._engines[0]
+
     def start(self) -> None:
         """Start the pumps and listen to their events, on the running loop."""
         self._loop = asyncio.get_running_loop()

@@ -52,13 +52,6 @@ cdef void describe_link(vxlan_link* link, uint32_t vni, const uint8_t* mac, int 
 cdef class Engine:
     """The two pumps around one TUN and its UDP sockets. The descriptors stay the caller's."""
 
-    cdef engine_state* state
-    cdef tx_state* tx
-    cdef rx_state* rx
-    cdef Fib fib
-    cdef TapSet taps
-    cdef list retired        # (generation in which it was replaced, table or set of taps)
-
     def __cinit__(self, int tun, int udp, tuple senders, *, int port, int source_check, uint32_t slots,
                   uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns, uint32_t mtu,
                   int icmp_v4=-1, bytes icmp_source_v4=bytes(4), int icmp_v6=-1, bytes icmp_source_v6=bytes(16),

@@ -1,0 +1,6 @@
+from dataplane._engine import Engine
+
+MOST_MESSAGES: int
+
+def transmit(engine: Engine, header: bytes, packet: bytes) -> None: ...
+def receive(engine: Engine, messages: list[tuple[bytes, int, int, int, int, bytes]]) -> None: ...
