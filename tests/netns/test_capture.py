@@ -152,7 +152,9 @@ def test_under_load_every_inner_packet_sits_beside_its_datagram(
         assert measure.verdict(there, 300)["equal"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     shown, wire = Shown.of(path, head), of_the_wire(wire_path)
-    print(f"{backend}: {shown.pairs} packets shown, {shown.missing} missing, {wire.total()} on the cable")
+    sys.stdout.write(
+        f"{backend}: {shown.pairs} packets shown, {shown.missing} missing, {wire.total()} on the cable\n"
+    )
     assert not shown.datagrams - wire, "what is shown was on the cable"
     assert (wire - shown.datagrams).total() == shown.missing, "and what is not shown is owned up to"
     assert shown.pairs >= TCP_BYTES // 1500
