@@ -61,7 +61,7 @@ class Ends:
     `processes`: those of the tunnel, on both nodes. `leases`: None where the harness can put none, and `why_no_leases`.
     `hold`: lets the first node's daemon sleep for that many seconds with the GIL held, and gives the times
     (CLOCK_MONOTONIC) at which it began and ended; None where there is no such daemon. `starts`: how often it took until
-    the path carried."""
+    the path carried. `control`: the socket at which the first node's daemon captures; empty where none does."""
 
     source: str
     target: str
@@ -72,6 +72,7 @@ class Ends:
     why_no_leases: str = "it has no table of leases"
     hold: Callable[[float], tuple[float, float]] | None = None
     starts: int = 1
+    control: str = ""
 
 
 @dataclass(frozen=True, slots=True)

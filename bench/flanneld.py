@@ -109,6 +109,7 @@ class Daemon:
             processes=stand.processes(self.name),
             why_no_leases="its leases are in its embedded store",
             hold=partial(hold, self._holder(stand, 1)) if self._holding else None,
+            control="" if self._backend["Type"] == _HOST_GW else f"{_subnet_file(stand, 1)}.sock",
         )
         if self._backend["Type"] == _HOST_GW:
             return replace(ends, why_no_leases=_NO_FAR_HOST_GW)

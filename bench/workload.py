@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dataplane.bench import composite, exchange
+from dataplane.bench import capturing, composite, exchange
 from dataplane.bench.ends import MOST_FAR, Ends, Timing
 from dataplane.bench.stand import Stand
 from dataplane.errors import ConfigError
@@ -85,6 +85,20 @@ FIGURES: dict[str, Mapping[str, Figure]] = {
         "empty_slices": Figure("slices of 10 ms without a packet", False, compared=False),
         "loss": Figure("loss", False, compared=False),
     },
+    "capture": {
+        "never_kpps": Figure("kpps before any capture", True, compared=False),
+        "never_loss": Figure("loss before any capture", False, compared=False),
+        "off_kpps": Figure("kpps after one", True, compared=False),
+        "off_loss": Figure("loss after one", False, compared=False),
+        "nothing_kpps": Figure("kpps with one that sees nothing", True, compared=False),
+        "nothing_loss": Figure("loss with one that sees nothing", False, compared=False),
+        "all_kpps": Figure("kpps with one of everything", True, compared=False),
+        "all_loss": Figure("loss with one of everything", False, compared=False),
+        "off_share": Figure("after one / before any", True, compared=False),
+        "nothing_share": Figure("sees nothing / after one", True, compared=False),
+        "all_share": Figure("everything / after one", True, compared=False),
+        "recorded": Figure("of everything recorded", True, compared=False),
+    },
 }
 
 _Run = Callable[[Stand, Ends, Timing, str], dict[str, Any]]
@@ -129,7 +143,7 @@ class Workload:
 
 SYNTAX = (
     "tcp-FLOWS[-down|-both], udp-BYTES[@RATE], udp-mtu[@RATE], sweep-BYTES, sweep-mtu, rtt-busy, rtt-idle, rtt-load, "
-    f"connect, peers-COUNT (up to {MOST_FAR}), publish, gil"
+    f"connect, peers-COUNT (up to {MOST_FAR}), publish, gil, capture"
 )
 
 
@@ -180,4 +194,5 @@ _NAMES: tuple[tuple[str, str, Callable[..., _Run | None]], ...] = (
     (r"peers-(\d{1,5})", "peers", _peers),
     (r"publish", "publish", lambda: lambda stand, ends, timing, _: composite.publish(stand, ends, timing)),
     (r"gil", "gil", lambda: lambda stand, ends, timing, _: composite.gil(stand, ends, timing)),
+    (r"capture", "capture", lambda: lambda stand, ends, timing, _: capturing.capture(stand, ends, timing)),
 )

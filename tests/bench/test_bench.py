@@ -24,6 +24,7 @@ from dataplane.bench.record import Run
 from dataplane.bench.roster import BACKENDS
 from dataplane.bench.stand import Stand
 from dataplane.bench.workload import Workload
+from dataplane.debug import control
 from dataplane.errors import ConfigError
 from dataplane.lab import Lab, LabError, netns
 
@@ -215,6 +216,16 @@ def test_a_held_gil_stops_no_packet(up: Stand) -> None:
         assert found["held_gap_ms"] < 900, "the path has waited for the GIL"
 
 
+def test_what_a_capture_costs_is_told_with_what_it_recorded(up: Stand) -> None:
+    with carrying(Daemon("vxlan", BACKENDS["vxlan"]), up) as ends:
+        found = Workload.parse("capture").run(up, ends, Timing(0.1, 0.3), "cubic")
+        assert min(found[f"{way}_kpps"] for way in ("never", "off", "nothing", "all")) > 1
+        assert 0 < found["recorded"] <= 1
+        assert found["all_share"] == pytest.approx(found["all_kpps"] / found["off_kpps"])
+        assert not list(up.directory.glob("*.pcapng"))
+        assert control.request(ends.control, "status")["captures"] == []
+
+
 @pytest.mark.parametrize(
     "candidate",
     [Baseline(), Daemon("vxlan", BACKENDS["vxlan"]), Daemon("host-gw", BACKENDS["host-gw"], with_leases=True)],
@@ -224,6 +235,8 @@ def test_what_a_candidate_cannot_do_is_skipped_with_the_reason(up: Stand, candid
     with carrying(candidate, up) as ends:
         for name in ("peers-10", "publish", "gil"):
             assert " " in Workload.parse(name).run(up, ends, Timing(0.1, 0.2), "cubic")["skipped"]
+        if not ends.control:
+            assert " " in Workload.parse("capture").run(up, ends, Timing(0.1, 0.2), "cubic")["skipped"]
 
 
 def test_a_sweep_finds_the_rate_of_a_bucket(up: Stand) -> None:
