@@ -20,7 +20,7 @@ from dataplane.path.datapath import SourceCheck, Tap, Vxlan
 from dataplane.path.rehearsal import Message, OuterHeader, Rehearsal
 from dataplane.path.superframe import NEEDS_CSUM, VnetHeader
 
-_RING_BYTES = 1 << 23
+_RING_BYTES = 1 << 22
 _EVER = 1 << 63
 _REASONS = tuple(reason.name.encode() for reason in DropReason)
 _HEAD = pcapng.section("replay") + b"".join(

@@ -112,27 +112,26 @@ class Replay:
         elif record.drop in _NOT_OF_THE_PATH and record.outer is None:
             self.tally.undecided[record.drop] += 1
         elif record.received or self._round_trip:
-            if record.outer is None:
-                self.tally.unfit += 1
-            else:
-                yield from self._take_received(record)
+            yield from self._take_received(record)
         else:
             yield from self._take_sent(record)
 
     def _fit(self, record: Record) -> bool:
-        """Whether enough of it is there."""
-        if not self._round_trip and (not record.received or record.outer is None):
-            return record.inner is not None and _head_kept(record.packet, record.length)
-        if record.outer is None or (self._round_trip and not self._of_an_overlay(record)):
-            return False
-        payload = record.whole_payload(0)
+        """Whether enough of it is there, and it is of an overlay: packets of host-gw have no datagram."""
+        if record.outer is None:
+            told = record.drop and (not record.received or record.drop in _NOT_OF_THE_PATH)
+            return bool(told) and not self._round_trip and _head_kept(record.packet, record.length)
         head = comparison.head_of(self._frames(record))
+        if self._round_trip:
+            if record.outer.ports[1] not in (OVERLAY_PORTS if self._wire.port is None else (self._wire.port,)):
+                return False
+        elif record.inner is not None and record.outer.length < head + record.length:
+            return False
+        if not (record.received or self._round_trip):
+            return _head_kept(record.packet, record.length)
+        payload = record.whole_payload(head)
         kept = max(len(record.outer.payload), head + len(record.packet))
         return kept >= len(payload) or _head_kept(payload[head:kept], len(payload) - head)
-
-    def _of_an_overlay(self, record: Record) -> bool:
-        known = OVERLAY_PORTS if self._wire.port is None else (self._wire.port,)
-        return record.outer is not None and record.outer.ports[1] in known
 
     def _frames(self, record: Record) -> bool:
         if self._wire.frames is not None:
@@ -222,7 +221,7 @@ class Replay:
         """What differs where the sender of a foreign datagram sends its packet once more."""
         actor = self._actor(record, sent=True)
         head = comparison.head_of(actor.frames)
-        packet = record.whole_payload(0)[head:]
+        packet = record.whole_payload(head)[head:]
         seen = dissect.look(packet)
         if seen is None or record.outer is None:
             return None
@@ -297,7 +296,7 @@ def _told_routes(actor: Actor, record: Record, *, sent: bool) -> Iterator[tuple[
     elif outer is not None:
         lease = record.lease
         if lease is None:
-            inner = dissect.look(record.whole_payload(0)[actor.head :])
+            inner = dissect.look(record.whole_payload(actor.head)[actor.head :])
             if inner is None:
                 return
             lease = ip_network(inner.destination if sent else inner.source)

@@ -238,6 +238,20 @@ def test_what_the_kernel_decided_is_not_judged(tmp_path: Path) -> None:
     assert tally.undecided == {"SEND_FAILED": 1, "TUN_WRITE": 1, "PATH_MTU": 2}
 
 
+def test_packets_that_travel_without_a_datagram_cannot_be_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a capture of host-gw shows them: the same packet on both interfaces."""
+    made = HEAD
+    for number, inner in enumerate((THERE, bytes(IP(src="10.5.1.2", dst="10.5.2.9") / TCP()))):
+        for interface in (0, 1):
+            made += pcapng.packet(interface, 0, inner, len(inner), comment="dir=tx", direction=OUT, number=number)
+    path = tmp_path / "file"
+    path.write_bytes(made)
+    assert main(["replay", str(path)]) == 2
+    assert "nothing in it could be fed" in capsys.readouterr().err
+
+
 @both_wires
 def test_a_file_of_the_underlay_goes_round(tmp_path: Path, frames: bool) -> None:
     """As dumpcap writes it: Ethernet, one interface, other traffic in between."""
