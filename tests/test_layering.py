@@ -41,9 +41,12 @@ FLOORS = {
         "kernel.rtnetlink",
         "kernel.rules",
         "kernel.steering",
+        "kernel.packet_filter",
         "debug.expression",
         "debug.pcapng",
         "debug.fields",
+        "debug.scene",
+        "debug.source",
     ],
     2: [
         "backend.attention",
@@ -54,7 +57,7 @@ FLOORS = {
     3: [
         *("backend.userspace", "backend.entries"),
         *("lease.sqlite", "lease.etcd", "lease.keeper"),
-        *("debug.reading", "debug.verdict", "debug.comparison"),
+        *("debug.reading", "debug.verdict", "debug.comparison", "debug.cutting", "debug.pairing"),
         "path.rehearsal",
     ],
     4: [
@@ -65,6 +68,7 @@ FLOORS = {
         "debug.explain",
         "debug.recording",
         "debug.rehearsing",
+        "debug.wiretap",
     ],
     5: ["debug.answers", "debug.replay"],
     6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "collecting", "klog", "health", "systemd"],

@@ -49,6 +49,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--rotate-time", default="", metavar="TIME", help="with -w: a new file after 60s, 1h")
     parser.add_argument("--keep", type=int, default=0, metavar="N", help="how many of these files stay (all)")
     parser.add_argument("--buffer", type=int, default=16, metavar="MIB", help="ring of each direction (16)")
+    parser.add_argument(
+        "--outer",
+        default="",
+        metavar="FROM",
+        help="outer headers: `rebuilt` from what a UDP socket shows, or `wire`, as they are on the underlay "
+        "(rebuilt; wire where the kernel carries the packets)",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary at the end")
     parser.add_argument("--check", action="store_true", help="only look whether the filter can be understood")
     add_filters(parser)
@@ -107,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         order["snaplen"] = arguments.snaplen
     if arguments.seconds:
         order["seconds"] = asking.seconds(arguments.seconds, "--for")
+    if arguments.outer:  # an older daemon need not know it
+        order["outer"] = arguments.outer
     if arguments.check:
         return 0
     rotating = arguments.rotate_size or arguments.rotate_time

@@ -19,11 +19,13 @@ from dataplane.backend.base import Backend, Tappable, Underlay
 from dataplane.debug import explain, metrics, status
 from dataplane.debug.capture import Captures, Order, Place
 from dataplane.debug.control import Stream, Verb
+from dataplane.debug.scene import Scene, Tunnel, Way
 from dataplane.debug.verdict import Node
+from dataplane.debug.wiretap import Wiretap
 from dataplane.errors import CaptureError, LodenError
 from dataplane.kernel import view
 from dataplane.lease.keeper import LeaseKeeper
-from dataplane.netconf import NetworkConfig
+from dataplane.netconf import BackendConfig, HostGwConfig, NetworkConfig, UdpConfig, VxlanConfig
 
 READ_SECONDS = 5.0
 NOTHING_YET = "this node has no network yet: `loden status` and the daemon's log say what it waits for"
@@ -37,7 +39,7 @@ class Parts:
     backend: Backend
     facing: Callable[[], Underlay]
     network: NetworkConfig
-    captures: Captures | None
+    captures: Captures
 
 
 class Answers:
@@ -53,7 +55,12 @@ class Answers:
     ) -> None:
         """Answer of these parts from now on; `facing` says what faces the underlay at the time."""
         tappable: object = backend
-        captures = Captures(tappable, self._place, self._peers) if isinstance(tappable, Tappable) else None
+        captures = Captures(
+            tappable if isinstance(tappable, Tappable) else None,
+            lambda *how: Wiretap(self._scene, *how),
+            self._place,
+            self._peers,
+        )
         self._parts = Parts(keeper, backend, facing, network, captures)
 
     def forget(self) -> None:
@@ -80,7 +87,7 @@ class Answers:
         if self._parts is not None:
             document |= status.lease_document(self._parts.keeper)
             document |= status.backend_document(self._parts.backend.status())
-            document["captures"] = self._parts.captures.running if self._parts.captures else []
+            document["captures"] = self._parts.captures.running
         return document
 
     def metrics(self) -> str:
@@ -114,9 +121,9 @@ class Answers:
         order = Order.of(arguments)
         if self._parts is None:
             raise CaptureError(NOTHING_YET)
-        if self._parts.captures is None:
-            kind = self._parts.backend.status().type
-            raise CaptureError(f"backend {kind} carries its packets in the kernel, where no tap is")
+        status = self._parts.backend.status()
+        if status.dataplane == "none":
+            raise CaptureError(f"backend {status.type} carries no packets between nodes: there is nothing to capture")
         await self._parts.captures.run(order, client, begin, stop)
 
     def _node(self) -> Node:
@@ -143,5 +150,31 @@ class Answers:
         node, subnet = lease.get("public_ip", "?"), lease.get("subnet", "none yet")
         return Place(node, subnet, known["backend"], known["device"] or "?")
 
+    def _scene(self) -> Scene:
+        """Where this node's packets pass now. Raises CaptureError."""
+        if self._parts is None:
+            raise CaptureError(NOTHING_YET)
+        backend, config = self._parts.backend.status(), self._parts.network.backend
+        own = self._parts.keeper.own
+        routed = isinstance(config, HostGwConfig)
+        return Scene(
+            devices=tuple(backend.device.split()),
+            underlay=self._parts.facing().name,
+            tunnel=_tunnel(config),
+            networks=self._parts.network.networks,
+            subnets=own.key.subnets if own else (),
+            ways=tuple(Way(p.subnet, p.public_ip, p.direct or routed) for p in backend.peers),
+        )
+
     def _peers(self) -> list[str]:
         return [peer["public_ip"] for peer in self.status().get("peers", [])]
+
+
+def _tunnel(config: BackendConfig) -> Tunnel | None:
+    match config:
+        case UdpConfig(port=port):
+            return Tunnel(port, None)
+        case VxlanConfig(port=port, vni=vni):
+            return Tunnel(port, vni)
+        case _:
+            return None

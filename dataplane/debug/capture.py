@@ -1,7 +1,8 @@
-"""Owns a capture on the daemon's side: a tap armed, drained by a thread of its own, sent to one client as pcapng.
+"""Owns a capture on the daemon's side: a source begun, drained by a thread of its own, sent to one client as pcapng.
 
-Free of: how the client asked and what it does with it. Invariant: the pumps never wait for a client; what one is too
-slow for is counted in the file's own statistics, and the taps are disarmed whatever ends a capture.
+The source is a tap in the path, or, where the kernel carries the packets or the client wants the wire's own headers,
+packet sockets. Free of: how the client asked and what it does with it. Invariant: no packet waits for a client; what
+one is too slow for is counted in the file's own statistics, and the source is ended whatever ends a capture.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from dataplane import __version__
 from dataplane.backend.base import Tappable
 from dataplane.debug import expression, pcapng
+from dataplane.debug.source import Account, Face, Source
 from dataplane.errors import CaptureError, DropReason
 from dataplane.path.datapath import Tap
 
@@ -37,8 +39,10 @@ LOOK_SECONDS = 0.02
 STALLED_SECONDS = 30.0
 """A client that takes nothing for as long is given up: its capture holds memory."""
 
-OVERLAY, UNDERLAY = 0, 1
-REBUILT = (
+REBUILT, WIRE = OUTER = ("rebuilt", "wire")
+"""What outer headers are: made again from what a UDP socket shows, or as a packet socket sees them on the underlay."""
+
+AS_THE_SOCKET_SHOWS_THEM = (
     "outer datagrams as the UDP socket shows them: addresses, ports and lengths are real, and TOS and TTL of received "
     "ones; identification and checksum are rebuilt"
 )
@@ -46,13 +50,15 @@ REBUILT = (
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a client asks for. `count`: packets after which the capture ends, 0 for none; `seconds` likewise."""
+    """What a client asks for. `count`: packets after which the capture ends, 0 for none; `seconds` likewise.
+    `outer`: where outer headers come from, one of OUTER; empty for the first that there is."""
 
     filter: str = ""
     snaplen: int = WHOLE_PACKET
     count: int = 0
     seconds: float = 0.0
     ring_mib: int = 16
+    outer: str = ""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Order:
@@ -70,6 +76,8 @@ class Order:
             raise CaptureError("-c and --for count up from 0")
         if not RING_MIB[0] <= order.ring_mib <= RING_MIB[1]:
             raise CaptureError(f"--buffer {order.ring_mib}: a ring has {RING_MIB[0]} to {RING_MIB[1]} MiB")
+        if order.outer not in ("", *OUTER):
+            raise CaptureError(f"--outer {order.outer}: outer headers are {' or '.join(OUTER)}")
         return order
 
 
@@ -83,62 +91,156 @@ class Place:
     device: str
 
 
+Listen = Callable[[bytes, int, int, Mapping[IPv4Address | IPv6Address, str]], Source]
+"""Makes a source of packet sockets out of a filter's program, bytes kept of each packet, bytes of a ring, and names."""
+
+
 class Captures:
     """All captures of one daemon."""
 
-    def __init__(self, backend: Tappable, place: Callable[[], Place], peers: Callable[[], list[str]]) -> None:
-        """`place` and `peers` (outer addresses) are asked when a capture begins."""
+    def __init__(
+        self, backend: Tappable | None, listen: Listen, place: Callable[[], Place], peers: Callable[[], list[str]]
+    ) -> None:
+        """`backend`: None where the kernel carries the packets. `place` and `peers` (outer addresses) are asked when a
+        capture begins."""
         self._backend = backend
+        self._listen = listen
         self._place = place
         self._peers = peers
+        self._sources: dict[Source, bool] = {}
+        """Each with whether it has begun."""
         self._taps: list[Tap] = []
 
     @property
     def running(self) -> list[dict[str, int]]:
         """What each capture has seen so far."""
-        return [dict(zip(("matched", "missing", "delivered"), tap.statistics, strict=True)) for tap in self._taps]
+        begun = [source for source, has_begun in self._sources.items() if has_begun]
+        return [dict(zip(("matched", "missing", "delivered"), each.counts(), strict=True)) for each in begun]
 
     async def run(self, order: Order, client: socket.socket, begin: Callable[[], None], stop: asyncio.Event) -> None:
         """Capture until `stop`, or what the order says, and send all of it to `client`. `begin` is called once nothing
         can go wrong with the order any more. Raises CaptureError, and KernelError where the rings find no memory."""
-        program = expression.compile_filter(expression.parse(order.filter))
-        if len(self._taps) == MOST_CAPTURES:
+        if len(self._sources) == MOST_CAPTURES:
             raise CaptureError(f"{MOST_CAPTURES} captures are running already; end one of them")
         names = host_names([ip_address(peer) for peer in self._peers()])
+        source = self._source(order, names)
+        self._sources[source] = False
         try:
-            tap = Tap(
+            head = header(self._place(), order, names, source.faces)
+            await self._send(source, order, client, head, begin, stop)
+        finally:
+            del self._sources[source]
+            source.close()
+
+    async def _send(
+        self,
+        source: Source,
+        order: Order,
+        client: socket.socket,
+        head: bytes,
+        begin: Callable[[], None],
+        stop: asyncio.Event,
+    ) -> None:
+        drain = None
+        try:
+            await source.begin()
+            self._sources[source] = True
+            begin()
+            drain = _Drain(source, order, client, head)
+            await drain.until(stop)
+        finally:
+            await source.end()
+            if drain is not None:
+                await drain.finish()
+
+    def _source(self, order: Order, names: Mapping[IPv4Address | IPv6Address, str]) -> Source:
+        """Where the packets of an order come from. Raises CaptureError."""
+        node = expression.parse(order.filter)
+        program = expression.compile_filter(node)
+        ring = 1 << (order.ring_mib << 20).bit_length() - 1
+        if self._backend is not None and order.outer != WIRE:
+            return _Tapped(program, order, ring, names, self._arm)
+        if self._backend is None and order.outer == REBUILT:
+            raise CaptureError(
+                "--outer=rebuilt: the kernel carries this node's packets, which are seen on the wire only"
+            )
+        if expression.asks(node, expression.Kind.DROP):
+            raise CaptureError(
+                "packets that are dropped are seen only where the daemon carries them itself, and without --outer=wire"
+            )
+        return self._listen(program, order.snaplen, ring, names)
+
+    async def _arm(self, tap: Tap, armed: bool) -> None:
+        if self._backend is not None:
+            others = [other for other in self._taps if other is not tap]
+            self._taps = [*others, tap] if armed else others
+            await self._backend.arm(tuple(self._taps))
+
+
+class _Tapped:
+    """A source: a tap in the path; see dataplane.debug.source.Source."""
+
+    def __init__(
+        self,
+        program: bytes,
+        order: Order,
+        ring: int,
+        names: Mapping[IPv4Address | IPv6Address, str],
+        arm: Callable[[Tap, bool], Awaitable[None]],
+    ) -> None:
+        """Raises CaptureError."""
+        self._arm = arm
+        try:
+            self._tap = Tap(
                 program,
                 order.snaplen,
-                1 << (order.ring_mib << 20).bit_length() - 1,
+                ring,
                 tuple(reason.name.encode() for reason in DropReason),
                 [(address.packed, name) for address, name in names.items()],
             )
         except MemoryError:
             raise CaptureError("no memory for a capture") from None
-        drain = _Drain(tap, order, client, header(self._place(), order, names))
-        try:
-            await self._arm([*self._taps, tap])
-            begin()
-            await drain.until(stop)
-        finally:
-            await self._arm([other for other in self._taps if other is not tap])
-            await drain.finish()
+        self.drain = self._tap.drain
 
-    async def _arm(self, taps: list[Tap]) -> None:
-        self._taps = taps
-        await self._backend.arm(tuple(taps))
+    @property
+    def faces(self) -> tuple[Face, Face]:
+        raw = pcapng.LINKTYPE_RAW
+        return Face(raw, "as the path carries them"), Face(raw, AS_THE_SOCKET_SHOWS_THEM)
+
+    async def begin(self) -> None:
+        await self._arm(self._tap, True)
+
+    async def end(self) -> None:
+        await self._arm(self._tap, False)
+
+    def counts(self) -> tuple[int, int, int]:
+        return self._tap.statistics
+
+    def accounts(self) -> tuple[Account, Account]:
+        matched, lost, delivered = self._tap.statistics
+        if lost:
+            comment = f"{lost} of {matched} packets found no room in the ring: a larger --buffer or a smaller -s helps"
+        elif matched - lost - delivered:
+            comment = f"ended after {delivered} packets, as asked"
+        else:
+            comment = "nothing is missing"
+        account = Account(matched, lost, delivered, comment)
+        return account, account
+
+    def close(self) -> None:
+        """The rings go with the tap, once no pump uses it."""
 
 
 class _Drain:
     """The thread that makes blocks of records and sends them."""
 
-    def __init__(self, tap: Tap, order: Order, client: socket.socket, head: bytes) -> None:
-        self._tap = tap
+    def __init__(self, source: Source, order: Order, client: socket.socket, head: bytes) -> None:
+        self._source = source
         self._order = order
         self._client = client
         self._start = time.time_ns()
         self._head = head
-        self._disarmed = threading.Event()
+        self._ended = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._work, name="loden-capture", daemon=True)
@@ -154,10 +256,9 @@ class _Drain:
                 wait.cancel()
 
     async def finish(self) -> None:
-        """After disarming: let the thread send what is left, and the statistics."""
-        self._disarmed.set()
-        if self._thread.ident is not None:  # it was started
-            await asyncio.to_thread(self._thread.join)
+        """After the source has ended: let the thread send what is left, and the statistics."""
+        self._ended.set()
+        await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
         # a client that is gone has nothing to be told
@@ -170,22 +271,22 @@ class _Drain:
             self._loop.call_soon_threadsafe(self._over.set)
 
     def _pass_on(self) -> bool:
-        """One look at the rings; False where nothing more is to come."""
-        disarmed = self._disarmed.is_set()
-        most = self._order.count - self._tap.statistics[2] if self._order.count else 1 << 62
+        """One look at the source; False where nothing more is to come."""
+        ended = self._ended.is_set()
+        most = self._order.count - self._source.counts()[2] if self._order.count else 1 << 62
         if most == 0:
             return False
-        blocks = self._tap.drain(time.time_ns() + (1 << 40 if disarmed else -LAG_NS), most)
+        blocks = self._source.drain(time.time_ns() + (1 << 40 if ended else -LAG_NS), most)
         if blocks:
             self._send(blocks)
-        elif disarmed:
+        elif ended:
             return False
         else:
             self._wait()
         return True
 
     def _wait(self) -> None:
-        self._disarmed.wait(LOOK_SECONDS)
+        self._ended.wait(LOOK_SECONDS)
 
     def _send(self, data: bytes | memoryview) -> None:
         """The descriptor does not block, for the event loop shares it."""
@@ -199,39 +300,41 @@ class _Drain:
                 rest = rest[self._client.send(rest) :]
 
     def _foot(self) -> bytes:
-        matched, lost, delivered = self._tap.statistics
-        unseen = matched - lost - delivered
-        if lost:
-            comment = f"{lost} of {matched} packets found no room in the ring: a larger --buffer or a smaller -s helps"
-        elif unseen:
-            comment = f"ended after {delivered} packets, as asked"
-        else:
-            comment = "nothing is missing"
-        counts = {"received": matched, "dropped": lost, "delivered": delivered}
         return b"".join(
-            pcapng.statistics(interface, time.time_ns(), start=self._start, comment=comment, **counts)
-            for interface in (OVERLAY, UNDERLAY)
+            pcapng.statistics(
+                interface,
+                time.time_ns(),
+                start=self._start,
+                received=account.received,
+                dropped=account.dropped,
+                delivered=account.delivered,
+                comment=account.comment,
+            )
+            for interface, account in enumerate(self._source.accounts())
         )
 
 
-def header(place: Place, order: Order, names: Mapping[IPv4Address | IPv6Address, str]) -> bytes:
+def header(
+    place: Place, order: Order, names: Mapping[IPv4Address | IPv6Address, str], faces: tuple[Face, Face]
+) -> bytes:
     """The blocks before the first packet."""
+    overlay, underlay = faces
     about = f"node {place.node}, lease {place.lease}, backend {place.backend}, device {place.device}"
     return b"".join(
         (
             pcapng.section(f"Loden {__version__}", os=f"{platform.system()} {platform.release()}", comment=about),
             pcapng.interface(
-                pcapng.LINKTYPE_RAW,
+                overlay.linktype,
                 order.snaplen,
                 name="overlay",
-                description=f"inner packets of {place.device} at {place.node}",
+                description=f"inner packets of {place.device} at {place.node}, {overlay.description}",
                 filter_text=order.filter,
             ),
             pcapng.interface(
-                pcapng.LINKTYPE_RAW,
+                underlay.linktype,
                 order.snaplen,
                 name="underlay",
-                description=f"{place.backend}, {REBUILT}",
+                description=f"{place.backend}, {underlay.description}",
                 filter_text=order.filter,
             ),
             pcapng.names(names),

@@ -128,6 +128,13 @@ def compile_filter(node: Node) -> bytes:
     )
 
 
+def asks(node: Node, kind: Kind) -> bool:
+    """Whether a filter has a test of that kind."""
+    if isinstance(node, Test):
+        return node.kind is kind
+    return any(asks(part, kind) for part in ((node.part,) if isinstance(node, Not) else node.parts))
+
+
 def parse(text: str) -> Node:
     """Read an expression; an empty one matches everything. Raises ConfigError that points at the word."""
     reader = _Reader(text)

@@ -56,10 +56,13 @@ class Pair:
             return None
         data = dissect.ip_of(self.outer)
         outer = dissect.look(data)
-        if outer is None or outer.ports is None:
+        if outer is None:
             return None
-        port = outer.ports[1]
-        return dissect.look(dissect.inner_of(dissect.payload_of(data), port)[0])
+        inner = None
+        if outer.protocol == dissect.UDP and outer.ports is not None:
+            inner = dissect.look(dissect.inner_of(dissect.payload_of(data), outer.ports[1])[0])
+        # without encapsulation the frame's packet is the inner one
+        return outer if inner is None and self.outer.comment.endswith(" inner=unseen") else inner
 
 
 @dataclass(slots=True)

@@ -131,7 +131,7 @@ class Ring:
 
 
 def show(stream: Readable, put: Callable[[str], None]) -> list[pcapng.Statistics]:
-    """A line for each packet: of the inner one, or of the outer one where there was none. Raises CaptureError."""
+    """A line for each packet: of the inner one, or of the outer one where that is all. Raises CaptureError."""
     statistics: list[pcapng.Statistics] = []
     for block in pcapng.Reader(stream, "the daemon"):
         if isinstance(block, pcapng.Statistics):
@@ -139,7 +139,7 @@ def show(stream: Readable, put: Callable[[str], None]) -> list[pcapng.Statistics
         elif isinstance(block, pcapng.Packet):
             if block.lost:
                 put(f"--- {block.lost} packets are missing here")
-            if block.interface.name == "overlay" or block.comment.endswith(" inner=none"):
+            if block.interface.name == "overlay" or " inner=" in block.comment:
                 put(dissect.line(block))
     return statistics
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
+from dataplane._offload import finished, segments
 from dataplane._tap import Tap, TapSet
 from dataplane.errors import DropReason, KernelError
 from dataplane.path.capability import Capability
@@ -61,6 +62,8 @@ __all__ = [
     "SourceCheck",
     "Tap",
     "Vxlan",
+    "finished",
+    "segments",
 ]
 
 PATHS = 2

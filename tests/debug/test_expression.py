@@ -208,3 +208,11 @@ def test_a_program_that_could_run_for_ever_is_refused() -> None:
         Tap(loop, 100, 1 << 18, REASONS)
     with pytest.raises(ValueError, match="whole number"):
         Tap(loop[:-1], 100, 1 << 18, REASONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "asks"),
+    [("", False), ("tcp or (udp and not drop)", True), ("drop NO_ROUTE", True), ("not (tx or host 10.1.1.1)", False)],
+)
+def test_what_a_filter_asks_about_is_told(text: str, asks: bool) -> None:
+    assert expression.asks(expression.parse(text), expression.Kind.DROP) is asks

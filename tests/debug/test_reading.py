@@ -143,6 +143,23 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, said.out, said.err
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Ether() / tcp(0, 10),
+        Ether() / IP(dst="198.18.1.2") / UDP(dport=8472) / VXLAN(vni=1, flags=8) / Ether() / tcp(0, 10),
+    ],
+)
+def test_a_frame_whose_other_side_was_not_seen_tells_its_inner_flow(frame: Ether) -> None:
+    data = pcapng.section("test") + pcapng.interface(101, 0, name="overlay") + pcapng.interface(1, 0, name="underlay")
+    whole = bytes(frame)
+    data += pcapng.packet(1, NS, whole, len(whole), comment="peer=b dir=rx inner=unseen", direction=IN, number=0)
+    (pair,) = reading.pairs(pcapng.Reader(io.BytesIO(data), "x"))
+    assert isinstance(pair, Pair)
+    assert pair.seen is not None
+    assert pair.seen.flow == ("tcp", "10.244.1.2:4000", "10.244.2.7:80")
+
+
 def test_the_verb_shows_flows_lines_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, path = File(), tmp_path / "a.pcapng"
     file.add(tcp(0, 10))
