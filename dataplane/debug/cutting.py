@@ -65,7 +65,9 @@ def carried(unfinished: bytes, data: bytes, network: int, tunnel: Tunnel) -> lis
 
 def _piece(link: bytes, outer: bytes, payload: int, tunnel: Tunnel) -> Piece:
     inner, vni = inner_of(_trimmed(outer)[payload:], tunnel.port, -1 if tunnel.vni is None else tunnel.port)
-    return Piece(_trimmed(inner) if inner[:1] and inner[0] >> 4 in (4, 6) else b"", link + outer, vni)
+    version = inner[0] >> 4 if inner else 0
+    is_packet = (version == 4 and len(inner) >= 20) or (version == 6 and len(inner) >= 40)
+    return Piece(_trimmed(inner) if is_packet else b"", link + outer, vni)
 
 
 def _payload_at(outer: bytes, port: int) -> int | None:

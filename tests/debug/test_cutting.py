@@ -144,6 +144,8 @@ def test_padding_is_no_part_of_a_packet_but_of_its_frame() -> None:
         (b"\x08" + bytes(3) + b"\0\0\x05\0", b"", None),
         (bytes(VXLAN(vni=5, flags=8) / Ether(type=0x0806) / bytes(28)), b"", 5),
         (bytes(VXLAN(vni=5, flags=8) / Ether(type=0x0800) / b"\x10none"), b"", 5),
+        (bytes(VXLAN(vni=5, flags=8) / Ether(type=0x0800) / b"\x45"), b"", 5),
+        (bytes(VXLAN(vni=5, flags=8) / Ether(type=0x86DD) / (b"\x60" + bytes(38))), b"", 5),
     ],
 )
 def test_a_datagram_without_a_packet_is_shown(payload: bytes, inner: bytes, vni: int | None) -> None:
