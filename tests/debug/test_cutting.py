@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -46,7 +47,7 @@ def within(header: VnetHeader, before: int) -> bytes:
     ).encode()
 
 
-def outer(version: int, **udp: int) -> Layers:
+def outer(version: int, **udp: Any) -> Layers:
     head = IP(src="198.18.1.1", dst="198.18.1.2", id=7) if version == 4 else IPv6(src="fd01::1", dst="fd01::2")
     return head / UDP(sport=50000, **udp)
 

@@ -146,8 +146,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 @pytest.mark.parametrize(
     "frame",
     [
-        Ether() / tcp(0, 10),
-        Ether() / IP(dst="198.18.1.2") / UDP(dport=8472) / VXLAN(vni=1, flags=8) / Ether() / tcp(0, 10),
+        Ether(type=0x0800) / tcp(0, 10),
+        Ether() / IP(dst="198.18.1.2") / UDP(dport=8472) / VXLAN(vni=1, flags=8) / Ether(type=0x0800) / tcp(0, 10),
     ],
 )
 def test_a_frame_whose_other_side_was_not_seen_tells_its_inner_flow(frame: Ether) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,13 @@ def behind_the_switch(lab: Lab, directory: Path, what: str) -> Iterator[dict[str
             argv = ["tcpdump", "-i", node, "-Q", "out", "-B", "32768", "-U", "-w", str(path), what]
             process = stack.enter_context(lab.open_process("switch", argv))
             stack.callback(process.kill)
-            until("tcpdump listens", lambda path=path: path.exists() and path.stat().st_size >= 24)
+            until("tcpdump listens", partial(has_begun, path))
         yield paths
         until("tcpdump has written all", lambda: all(map(grows_no_more, paths.values())))
+
+
+def has_begun(path: Path) -> bool:
+    return path.exists() and path.stat().st_size >= 24
 
 
 def frames_of(path: Path) -> Counter[bytes]:
@@ -82,10 +87,12 @@ def test_kernel_and_userspace_nodes_show_what_was_on_the_cable(make_lab: MakeLab
     """Superframes of the kernel's device and runs of our path are cut as the kernel cuts them, IPv4 and IPv6."""
     lab = make_lab(2, backend="vxlan", dataplane="kernel,userspace", families="46")
     files = {node: tmp_path / f"{node}.pcapng" for node in lab.nodes}
+    words = ["--buffer", "64", "-w"]
+    between = " or ".join(f"host {lab.address_of('n1-p1', version)}" for version in (4, 6))
     with (
         behind_the_switch(lab, tmp_path, "udp dst port 8472") as wires,
-        capturing(lab, "n1", "--buffer", "64", "-w", str(files["n1"]), "(host {} or host {})".format(*pods(lab, "n2"))),
-        capturing(lab, "n2", "--buffer", "64", "-w", str(files["n2"]), "--outer=wire", "tcp or icmp"),
+        capturing(lab, "n1", *words, str(files["n1"]), between),
+        capturing(lab, "n2", *words, str(files["n2"]), "--outer=wire", between),
     ):
         for version in (4, 6):
             lab.ping("n1-p1", "n2-p1", count=2, version=version)
@@ -93,13 +100,13 @@ def test_kernel_and_userspace_nodes_show_what_was_on_the_cable(make_lab: MakeLab
                 with lab.traffic("tcp", source, target, f"--bytes={TCP_BYTES}", version=version) as there:
                     assert measure.verdict(there, 120)["equal"]
     for node, path in files.items():
-        found = [(inner, outer) for inner, outer in pairs_of(path) if not is_chatter(inner)]
+        found = pairs_of(path)
         for inner, outer in found:
             assert outer.interface.linktype == LINKTYPE_ETHERNET
             assert outer.data[VXLAN_HEADS[4 if outer.data[12:14] == b"\x08\x00" else 6] :] == inner.data
         for direction, to in ((1, node), (2, "n1" if node == "n2" else "n2")):
             shown = Counter(outer.data for inner, outer in found if inner.direction == direction)
-            carried = Counter({f: n for f, n in frames_of(wires[to]).items() if not is_chatter_frame(f)})
+            carried = Counter({f: n for f, n in frames_of(wires[to]).items() if not is_chatter(f)})
             assert shown == carried, f"{node}, direction {direction}"
         sizes = [len(inner.data) for inner, _ in found]
         assert max(sizes) <= 1450
@@ -109,17 +116,8 @@ def test_kernel_and_userspace_nodes_show_what_was_on_the_cable(make_lab: MakeLab
         assert not tshark(path, "-Y", "tcp.checksum.status == 0 || ip.checksum.status == 0 || udp.checksum.status == 0")
 
 
-def pods(lab: Lab, node: str) -> list[str]:
-    return [lab.address_of(f"{node}-p1", version) for version in (4, 6)]
-
-
-def is_chatter(packet: Packet) -> bool:
+def is_chatter(frame: bytes) -> bool:
     """Neighbour discovery and multicast listeners' reports, which come when they come."""
-    seen = dissect.look(dissect.ip_of(packet))
-    return seen is None or seen.source.is_link_local or seen.destination.is_multicast
-
-
-def is_chatter_frame(frame: bytes) -> bool:
     inner = frame[VXLAN_HEADS[4 if frame[12:14] == b"\x08\x00" else 6] :]
     seen = dissect.look(inner)
     return seen is None or seen.source.is_link_local or seen.destination.is_multicast
@@ -200,6 +198,37 @@ def test_what_is_seen_on_one_side_only_is_said_to_be(make_lab: MakeLab, tmp_path
         status_of(lab.node("n2"))["lease"]["subnet"]
     )
     assert len(packets) - len(alone) == 2 * 4, "and the pings are whole"
+
+
+MUTATE = """
+import random, socket, sys
+rng = random.Random(7)
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+for _ in range(2000):
+    frame = bytearray.fromhex(sys.argv[1])
+    for _ in range(rng.randrange(1, 5)):
+        frame[rng.randrange(14, len(frame))] = rng.randrange(256)
+    s.send(frame[:rng.randrange(34, len(frame) + 1)])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_malformed_frames_do_not_end_a_capture(make_lab: MakeLab, tmp_path: Path) -> None:
+    """Frames of a real capture, cut short and with wrong bytes anywhere behind the Ethernet header."""
+    lab = make_lab(2, backend="vxlan")
+    before, path = tmp_path / "before.pcapng", tmp_path / "n2.pcapng"
+    with capturing(lab, "n2", "-c", "1", "-w", str(before), "--tx", "icmp") as process:
+        lab.ping("n1-p1", "n2-p1", count=1)
+        process.wait(30)
+    ((_, outer),) = pairs_of(before)
+    with capturing(lab, "n1", "-w", str(path)), python_in(lab, "n2", MUTATE, outer.data.hex()):
+        assert lab.ping("n1-p1", "n2-p1", count=2).whole
+    packets, statistics = read(path)
+    assert statistics[0].comment == "nothing is missing"
+    assert sum(" inner=" in each.comment for each in packets) > 500
+    assert sum(" inner=" not in each.comment for each in packets[-8:]) == 8
 
 
 def test_a_device_that_is_made_again_and_a_client_that_is_killed(make_lab: MakeLab) -> None:
