@@ -88,7 +88,9 @@ def beating(lab: Lab, title: str) -> Iterator[dict[str, Any]]:
 
 
 @every_case
-def test_nodes_are_swapped_one_by_one_and_back(make_lab: MakeLab, case: Case) -> None:
+def test_nodes_are_swapped_one_by_one_and_back(
+    make_lab: MakeLab, case: Case, request: pytest.FixtureRequest
+) -> None:
     cluster = Cluster.of_flannels(make_lab, case)
     lab = cluster.lab
     n1, n2 = lab.nodes.values()
@@ -96,7 +98,7 @@ def test_nodes_are_swapped_one_by_one_and_back(make_lab: MakeLab, case: Case) ->
     keys, before = set(cluster.leases()), [subnet_values(node) for node in (n1, n2)]
     for node, ours in ((n2, True), (n1, True), (n2, False), (n1, False)):
         words = "flannel to ours" if ours else "ours to flannel"
-        with beating(lab, f"{case.type} {'userspace' if case.userspace else 'kernel'}, {words}") as result:
+        with beating(lab, f"{request.node.callspec.id}, {words}") as result:
             cluster.swap(node, ours=ours)
             cluster.wait_whole()
         if case.stays:
