@@ -36,7 +36,7 @@ class Node:
     lab: Lab
     number: int
     address: IPv4Interface
-    program: Sequence[str] = DAEMON
+    program: Sequence[str] = field(default_factory=lambda: DAEMON)
     """What `start_daemon` starts; another flanneld takes the same flags, but for those that are ours alone."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
