@@ -129,7 +129,7 @@ def test_iptables_rules_are_flannels_to_the_letter(ns: Namespace, version: int) 
 
 
 @both_families
-def test_nftables_rules_are_flannels_but_for_the_fourth(ns: Namespace, version: int) -> None:
+def test_defect_10_nftables_rules_are_flannels_but_for_the_fourth(ns: Namespace, version: int) -> None:
     """Upstream's fourth rule takes what the last one is for; see test_the_host_reaches_pods_of_other_nodes."""
     rules = FAMILY[version]
     assert ensure(ns, rules, nftables=True)

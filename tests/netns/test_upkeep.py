@@ -39,7 +39,7 @@ def rules(lab: Lab) -> str:
     return "\n".join(line for text in listed for line in text.splitlines() if "10.244" in line)
 
 
-def test_flushed_rules_come_back_in_either_engine(make_lab: MakeLab) -> None:
+def test_defect_10_flushed_rules_come_back_in_either_engine(make_lab: MakeLab) -> None:
     lab = make_lab(1)
     for config, words in ((CONFIG, "MASQUERADE --random-fully"), (NFTABLES, "masquerade fully-random")):
         node = restarted(lab, "-ip-masq", config=config)
@@ -83,7 +83,7 @@ def test_the_blackhole_route_stands_and_comes_back(make_lab: MakeLab) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, NFTABLES], ids=["iptables", "nftables"])
-def test_cleanup_takes_everything_away(make_lab: MakeLab, config: dict[str, object]) -> None:
+def test_defect_10_cleanup_takes_everything_away(make_lab: MakeLab, config: dict[str, object]) -> None:
     lab = make_lab(1)
     lab.run("n1", ["ip", "link", "del", "cni0"])
     node = restarted(lab, "-ip-masq", "-ip-blackhole-route", config=config)
@@ -97,7 +97,7 @@ def test_cleanup_takes_everything_away(make_lab: MakeLab, config: dict[str, obje
     assert lab.run("n1", ["ip", "link", "show", "flannel0"], check=False).returncode != 0
 
 
-def test_nftables_need_no_iptables(make_lab: MakeLab, tmp_path: Path) -> None:
+def test_defect_10_nftables_need_no_iptables(make_lab: MakeLab, tmp_path: Path) -> None:
     """Upstream's clean-up of the other engine ends a start where its programs are missing: facts 14 number 10."""
     lab = make_lab(1)
     node = restarted(lab, config=NFTABLES)
