@@ -26,7 +26,9 @@ from dataplane.lease.model import LeaseEvent
 
 log = logging.getLogger(__name__)
 
-MANY = 1000
+MANY = 10_000
+"""Entries in one go of which the kernel's own news are rather not heard: at a start. A storm of leases comes in rounds
+of some thousand, and a look at everything after each of them would only make the next one longer."""
 
 _ORDER = {Table.FDB: 0, Table.NEIGHBOUR: 1, Table.ROUTE: 2}
 
