@@ -20,7 +20,7 @@ from dataplane.debug.replay import Replay, Tally, Wire
 from dataplane.path import superframe, wire
 from dataplane.path.datapath import SourceCheck
 from tests.debug.replay_case import CASES, to_capture, to_text
-from tests.path.test_datapath import tcp_superframe
+from tests.path.rig import tcp_superframe
 
 IN, OUT = pcapng.INBOUND, pcapng.OUTBOUND
 US, PEER, STRANGER = "198.18.1.1", "198.18.1.2", "198.18.1.9"
@@ -53,16 +53,18 @@ class File:
             ends = (MAC, THEIR_MAC) if way == OUT else (THEIR_MAC, MAC)
             head = wire.frame_head(VNI, *ends, inner[0] >> 4)
         ends_of = (US, peer) if way == OUT else (peer, US)
-        ports = {"sport": 40000, "dport": 8472} if self.frames else {"sport": 8285, "dport": 8285}
-        outer = bytes(IP(src=ends_of[0], dst=ends_of[1], id=0) / UDP(**ports, chksum=0) / (head + inner))
+        source, port = (40000, 8472) if self.frames else (8285, 8285)
+        ip = IP(src=ends_of[0], dst=ends_of[1], id=0)
+        outer = bytes(ip / UDP(sport=source, dport=port, chksum=0) / (head + inner))
         known = "" if drop in ("NO_ROUTE", "UNKNOWN_PEER") else f" lease={lease}"
         vni = f" vni={VNI}" if self.frames else ""
         comment = f"peer={peer}{known} dir={'tx' if way == OUT else 'rx'}{vni}{words}{f' drop={drop}' if drop else ''}"
         sides = [(0, inner), (1, outer)] if way == OUT else [(1, outer), (0, inner)]
         for interface, data in sides[: 1 if drop == "NO_ROUTE" else 2]:
             kept = data[: self._snaplen]
-            more = {"comment": comment, "direction": way, "number": self._number}
-            self.blocks.append(pcapng.packet(interface, 0, kept, len(data), **more))
+            self.blocks.append(
+                pcapng.packet(interface, 0, kept, len(data), comment=comment, direction=way, number=self._number)
+            )
         self._number += 1
 
     @property

@@ -20,7 +20,7 @@ from dataplane.errors import DropReason
 from dataplane.path import superframe
 from dataplane.path.capability import EVERYTHING
 from dataplane.path.datapath import Datapath, Outer, SourceCheck, Tap, Vxlan
-from tests.path.test_datapath import LOCAL, PEER, THEIRS, Rig, packet, tcp_superframe
+from tests.path.rig import LOCAL, PEER, THEIRS, Rig, packet, tcp_superframe
 
 REASONS = tuple(reason.name.encode() for reason in DropReason)
 FAR = 1 << 63

@@ -6,14 +6,16 @@ Free of tests. Real TUN devices and namespaces are in tests/netns; here each pac
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network
 
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import IP, TCP, UDP
 
 from dataplane.errors import DropReason
 from dataplane.kernel import underlay
+from dataplane.path import superframe
 from dataplane.path.capability import Capability
 from dataplane.path.datapath import Datapath, IcmpSender, Outer, PathEvent, SourceCheck
 
@@ -92,3 +94,10 @@ class Rig:
 
 def packet(source: str, destination: str, payload: bytes = b"hello") -> bytes:
     return bytes(IP(src=source, dst=destination, ttl=63) / UDP(sport=1000, dport=2000) / payload)
+
+
+def tcp_superframe(size: int, segment: int) -> tuple[superframe.VnetHeader, bytes]:
+    whole = bytes(IP(src="10.5.1.2", dst="10.5.2.9", flags="DF", id=7) / TCP(seq=1000, flags="PA") / os.urandom(size))
+    partial = superframe.partial_checksum(whole, superframe.TCP, 20 + size)
+    whole = whole[:36] + partial.to_bytes(2) + whole[38:]
+    return superframe.VnetHeader(1, superframe.GSO_TCPV4, 40, segment, 20, 16), whole

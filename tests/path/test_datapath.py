@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import IP
 
 from dataplane.errors import DropReason
 from dataplane.kernel import underlay
@@ -21,7 +21,7 @@ from dataplane.path import datapath, superframe, wire
 from dataplane.path.capability import EVERYTHING, Capability
 from dataplane.path.datapath import PathEvent, PathEventKind, SourceCheck
 from tests.namespaces import open_namespace
-from tests.path.rig import HEADER, LOCAL, OURS, PEER, THEIRS, Rig, packet
+from tests.path.rig import HEADER, LOCAL, OURS, PEER, THEIRS, Rig, packet, tcp_superframe
 
 
 @pytest.fixture
@@ -361,13 +361,6 @@ async def test_a_run_that_the_kernel_refuses_goes_out_once_and_in_order(fast: Ri
     ]
     assert not fast.drops()
     assert fast.path.statistics().tx["packets"] == 20
-
-
-def tcp_superframe(size: int, segment: int) -> tuple[superframe.VnetHeader, bytes]:
-    whole = bytes(IP(src="10.5.1.2", dst="10.5.2.9", flags="DF", id=7) / TCP(seq=1000, flags="PA") / os.urandom(size))
-    partial = superframe.partial_checksum(whole, superframe.TCP, 20 + size)
-    whole = whole[:36] + partial.to_bytes(2) + whole[38:]
-    return superframe.VnetHeader(1, superframe.GSO_TCPV4, 40, segment, 20, 16), whole
 
 
 @pytest.mark.parametrize(

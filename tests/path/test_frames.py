@@ -1,6 +1,6 @@
 """VXLAN through the pumps, from memory to memory: every verdict, and what kernel VTEPs leave unfinished or uncut.
 
-As in test_datapath.py a datagram socket pair stands for the TUN and loopback for the underlay; a kernel's device is
+As in rig.py a datagram socket pair stands for the TUN and loopback for the underlay; a kernel's device is
 asked in tests/backend.
 """
 
