@@ -151,10 +151,12 @@ def _with_direct_routes(network: NetworkConfig, make: Callable[[OnPeers | None],
 
 
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
+    """For this process, which from now on gives way to its pumps."""
     from dataplane.backend.userspace import Tuning
     from dataplane.path.capability import EVERYTHING
-    from dataplane.path.datapath import SourceCheck
+    from dataplane.path.datapath import SourceCheck, give_way_to_pumps
 
+    give_way_to_pumps()
     return Tuning(
         SourceCheck[options.source_check.upper()],
         wanted=EVERYTHING - options.switched_off - switched_off,

@@ -14,8 +14,17 @@ from dataplane import netconf, options, parts
 from dataplane.backend.base import Underlay
 from dataplane.errors import ConfigError
 from dataplane.memory import Memory
+from dataplane.path import datapath
 
 FACING = Underlay("eth0", 2, IPv4Address("198.18.0.1"), IPv4Address("198.18.0.1"), 1500)
+
+
+@pytest.fixture(autouse=True)
+def gave_way(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled where the process would have lowered its priority, which a test cannot raise again."""
+    calls: list[bool] = []
+    monkeypatch.setattr(datapath, "give_way_to_pumps", lambda: calls.append(True))
+    return calls
 
 
 class Kernel:
@@ -54,6 +63,14 @@ def choose(tmp_path: Path, backend: dict[str, Any], *flags: str, vxlan: bool = T
 )
 def test_the_flag_wins_then_the_net_conf(tmp_path: Path, backend: dict[str, Any], flags: list[str], name: str) -> None:
     assert choose(tmp_path, backend, *flags) == name
+
+
+def test_only_who_has_pumps_gives_way_to_them(tmp_path: Path, gave_way: list[bool]) -> None:
+    choose(tmp_path, {"Type": "vxlan"})
+    choose(tmp_path, {"Type": "host-gw"})
+    assert not gave_way
+    choose(tmp_path, {"Type": "udp"})
+    assert gave_way
 
 
 def test_a_kernel_without_vxlan_is_told_with_the_way_out(tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ _V = TypeVar("_V")
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
-TX_QUEUE_PACKETS = 1000
-"""Packets that the TUN holds while the pump is busy; with 500, the kernel's default, short bursts are lost."""
+TX_QUEUE_PACKETS = 3000
+"""Packets that the TUN holds while the pump is not scheduled: 90 ms of 34,000 a second. The kernel's own 500 lose short
+bursts; what waits may be superframes, so that this bounds memory too."""
 
 PATH_MTU_SECONDS = 600.0
 """As long as the kernel keeps what it has learnt of a path (net.ipv4.route.mtu_expires)."""

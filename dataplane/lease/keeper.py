@@ -25,7 +25,7 @@ from dataplane.lease.loss import Losses
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
 from dataplane.lease.retry import Backoff, LogBudget, LogGate
-from dataplane.lease.store import Entry, LeaseStore, Snapshot
+from dataplane.lease.store import Batch, Entry, LeaseStore, Snapshot
 from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
 
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 WIPED_STORE_GRACE = 600.0
 """Seconds for which the peers that a wiped store has lost are kept: their daemons put them back."""
+
+PORTION = 50
+"""Leases that are followed at once: about 5 ms of work."""
 
 _RENEWAL_RETRY = 60.0
 _RACE_PAUSE = 0.5
@@ -276,8 +279,17 @@ class LeaseKeeper:
                 backoff.reset()
                 async with self._turn:
                     self._fine()
-                    await self._deliver(own, self._table.apply(batch), certain=False)
+                    await self._take(own, batch)
         raise StoreUnavailable(f"{self._store.name} ended the watch")
+
+    async def _take(self, own: Ownership, batch: Batch) -> None:
+        """Follow a batch; of one that is large, rest after each portion for as long as it has taken: packets, and
+        everybody else on this loop, want the processor too."""
+        for portion in batch.portions(self._table.revision, PORTION):
+            began = self._clock()
+            await self._deliver(own, self._table.apply(portion), certain=False)
+            if len(batch.changes) > PORTION:
+                await self._sleep(self._clock() - began)
 
     async def _resync(self, own: Ownership) -> None:
         """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""

@@ -15,8 +15,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +47,9 @@ GRACE_SECONDS = 1.0
 
 LOOK_SECONDS = 0.002
 
+CONTROL_NICE = 10
+"""Of the threads that give way to pumps: where both want a processor, they have a tenth of it (sched(7))."""
+
 VXLAN_HEAD = 8 + 14
 """VXLAN and Ethernet header, before the inner packet."""
 
@@ -63,6 +68,7 @@ __all__ = [
     "Tap",
     "Vxlan",
     "finished",
+    "give_way_to_pumps",
     "segments",
 ]
 
@@ -396,7 +402,7 @@ class Datapath:
             for name, body in (("loden-tx", engine.transmit), ("loden-rx", engine.receive)):
                 name += str(queue) if queue else ""
                 thread = threading.Thread(target=_without_signals, args=(body,), name=name, daemon=True)
-                thread.start()
+                _starter().submit(thread.start).result()
                 self._threads.append(thread)
 
     async def _stop_pumps(self) -> None:
@@ -506,3 +512,16 @@ def _without_signals(body: Callable[[], None]) -> None:
     """Signals are the event loop's business: a pump that a signal wakes would only lose time."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     body()
+
+
+@cache
+def _starter() -> ThreadPoolExecutor:
+    """Starts pumps. A thread has the priority of the one that starts it, and no way back up without CAP_SYS_NICE."""
+    return ThreadPoolExecutor(1, thread_name_prefix="loden-starter")
+
+
+def give_way_to_pumps() -> None:
+    """Lower the priority of this thread and of all that it starts from now on; pumps keep the one that it had. Else a
+    change of many leases takes processors from them, whose queues are full within 30 ms."""
+    _starter().submit(int).result()  # an executor has no thread before its first task
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(CONTROL_NICE, os.getpriority(os.PRIO_PROCESS, 0)))

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -443,3 +444,22 @@ async def test_a_spoofed_packet_among_good_ones_is_left_out_of_the_superframe(fa
     got = fast.pods.recv(70000)
     assert superframe.segments(superframe.VnetHeader.decode(got[:10]), got[10:]) == swapped
     assert fast.drops() == {DropReason.SPOOFED_SOURCE: 1}
+
+
+async def test_pumps_keep_the_priority_that_the_control_plane_gives_up() -> None:
+    def priorities() -> tuple[int, set[int]]:
+        datapath.give_way_to_pumps()
+        return os.getpriority(os.PRIO_PROCESS, 0), asyncio.run(of_pumps())
+
+    async def of_pumps() -> set[int]:
+        # twice: as after a change of addresses, when the loop's priority is lower for long
+        async for made in running(SourceCheck.NODE):
+            await made.path.rewire(datapath.Outer(made._udp.fileno(), made.port), 1472)
+            pumps = [thread for thread in threading.enumerate() if thread.name in ("loden-tx", "loden-rx")]
+            return {os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) for thread in pumps}
+        return set()
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    # in a thread of its own: a priority is a thread's, and only root could raise it again
+    with ThreadPoolExecutor(1) as control:
+        assert control.submit(priorities).result() == (max(before, datapath.CONTROL_NICE), {before})
