@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from dataplane.debug import dissect, fields
@@ -174,11 +174,20 @@ def compare(recorded: Record, made: Record, *, frames: bool) -> Difference | Non
         pair = (recorded.packet, recorded.length), (made.packet, made.length)
         if (found := compare_bytes(recorded, "inner packet", *pair)) is not None:
             return found
-    if recorded.received or recorded.outer is None or made.outer is None:
+    return None if recorded.received else compare_outer(recorded, made, frames=frames)
+
+
+def compare_outer(recorded: Record, made: Record, *, frames: bool) -> Difference | None:
+    """What differs of two datagrams, where there are two."""
+    here, there = recorded.outer, made.outer
+    if here is None or there is None:
         return None
-    here, there = (one.comparable(frames=frames) for one in (recorded.outer, made.outer))
-    sizes = recorded.outer.length, made.outer.length
-    return compare_bytes(recorded, "outer datagram", (here, sizes[0]), (there, sizes[1]), outer=True, frames=frames)
+    pair = (here.comparable(frames=frames), here.length), (there.comparable(frames=frames), there.length)
+    found = compare_bytes(recorded, "outer datagram", *pair, outer=True, frames=frames)
+    if found is None or found.at is None:
+        return found
+    at = found.at
+    return replace(found, recorded=_shown(here.data, here.length, at), comes_out=_shown(there.data, there.length, at))
 
 
 def _where(record: Record) -> str:
@@ -212,11 +221,14 @@ def compare_bytes(
     if here[:most] != there[:most]:
         at = next(i for i in range(most) if here[i] != there[i])
         name = fields.field_of(here, at, outer=outer, vxlan=frames)
-        shown = [f"{dissect.what(data, size)}: {data[at : at + _SHOWN].hex(' ')}" for data, size in (recorded, made)]
-        return Difference(record, what, shown[0], shown[1], at, name)
+        return Difference(record, what, _shown(here, length, at), _shown(there, made_length, at), at, name)
     if length != made_length:
         return Difference(record, what, f"{length} bytes", f"{made_length} bytes")
     return None
+
+
+def _shown(data: bytes, length: int, at: int) -> str:
+    return f"{dissect.what(data, length)}: {data[at : at + _SHOWN].hex(' ')}"
 
 
 def head_of(frames: bool) -> int:

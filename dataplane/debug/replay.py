@@ -232,9 +232,7 @@ class Replay:
         made = actor.transmit_plain(packet)[0]
         if made.outer is None:
             return Difference(record, "verdict", "carried", made.verdict)
-        here, there = (one.comparable(frames=actor.frames) for one in (record.outer, made.outer))
-        pair = (here, record.outer.length), (there, made.outer.length)
-        return comparison.compare_bytes(record, "outer datagram", *pair, outer=True, frames=actor.frames)
+        return comparison.compare_outer(record, made, frames=actor.frames)
 
     def _told(self, record: Record, difference: Difference | None) -> Iterator[Difference]:
         self.tally.cut += record.cut
