@@ -7,7 +7,6 @@ their ratios are not those of two starts; a rate under a capture stands beside t
 
 from __future__ import annotations
 
-import re
 import signal
 import statistics
 import subprocess
@@ -32,7 +31,6 @@ _SIZE = 64
 _TURNS = 2
 _STARTS = 10.0
 """Seconds in which a capture begins, or ends."""
-_SAID = re.compile(r"^(\d+) packets, (\d+) missing", re.MULTILINE)
 _WAYS: dict[str, tuple[str, ...]] = {"off": (), "nothing": (NOTHING,), "all": ("-s", str(SNAPLEN))}
 
 
@@ -71,7 +69,7 @@ def capture(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:
 
 
 class _Said:
-    """What a capture said at its end: `share` of what its filter let through that it has recorded."""
+    """What a capture said before its end: `share` of what its filter let through that found room in its rings."""
 
     share = 0.0
 
@@ -80,30 +78,28 @@ class _Said:
 def _running(stand: Stand, socket: str, *words: str) -> Iterator[_Said]:
     """`loden capture` on the first node, for the length of the block. Raises LabError."""
     path, said = stand.directory / "bench.pcapng", _Said()
-    command = [sys.executable, "-P", "-m", "dataplane.cli", "capture", f"--control-socket={socket}", "-w", str(path)]
-    with stand.open_process("n1", [*command, *words]) as process:
+    command = [sys.executable, "-P", "-m", "dataplane.cli", "capture", f"--control-socket={socket}", "-q"]
+    with stand.open_process("n1", [*command, "-w", str(path), *words]) as process:
         try:
             _until_it_runs(process, socket)
             yield said
+            running = control.request(socket, "status")["captures"]
             process.send_signal(signal.SIGINT)
-            _, text = process.communicate(timeout=_STARTS)
+            process.communicate(timeout=_STARTS)
         except subprocess.TimeoutExpired:
             raise LabError(f"`loden capture` on n1 does not end within {_STARTS:.0f} s") from None
         finally:
             process.kill()
             Path(path).unlink(missing_ok=True)
-    counts = _SAID.search(text)
-    if counts is None:
-        raise LabError(f"`loden capture` on n1 has ended without its counts: {text}")
-    delivered, missing = int(counts[1]), int(counts[2])
-    said.share = delivered / (delivered + missing) if delivered else 0.0
+    if len(running) != 1:
+        raise LabError("`loden capture` on n1 has ended before it was to")
+    matched, missing = running[0]["matched"], running[0]["missing"]
+    said.share = 1 - missing / matched if matched else 0.0
 
 
 def _until_it_runs(process: subprocess.Popen[str], socket: str) -> None:
     deadline = time.monotonic() + _STARTS
     while not control.request(socket, "status")["captures"]:
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            _, text = process.communicate()
-            raise LabError(f"`loden capture` on n1 does not begin: {text}")
+            raise LabError(f"`loden capture` on n1 does not begin within {_STARTS:.0f} s")
         time.sleep(0.05)
