@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, ip_address
 
 from dataplane.debug.verdict import (
     SMALL,
@@ -25,9 +25,7 @@ from dataplane.kernel import probe, view
 from dataplane.kernel.probe import Echo
 from dataplane.kernel.view import Device, Way
 from dataplane.lease.model import Lease
-from dataplane.path.wire import UDP_OVERHEAD
-
-VXLAN_OVERHEAD = 50
+from dataplane.path.wire import UDP_OVERHEAD, VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
 
 
 def explain(address: Address, read: Callable[[], Node], *, probing: bool) -> Account:
@@ -142,7 +140,7 @@ def _look_at_node(account: Account, node: Node) -> None:
 
 
 def _look_at_device(account: Account, node: Node, address: Address) -> None:
-    name, mtu = device_of(node, address), node.status.mtu
+    name, mtu = device_of(node, address), _most(node, address)
     if not name:
         account.say("device", "none: packets leave by the node's own routes")
     else:
@@ -162,6 +160,12 @@ def device_of(node: Node, address: Address) -> str:
     """Of VXLAN with both IP versions, each has a device of its own; empty where there is none."""
     names = node.status.device.split()
     return next((name for name in names if ("-v6" in name) is (address.version == 6)), names[0] if names else "")
+
+
+def _most(node: Node, address: Address) -> int:
+    """The MTU that fits the overlay of an address; where VXLAN carries both IP versions the status has the least."""
+    both = node.status.type == "vxlan" and len({network.version for network in node.networks}) == 2
+    return node.status.mtu + (VXLAN_OVERHEAD_V6 - VXLAN_OVERHEAD if both and address.version == 4 else 0)
 
 
 def _direct(node: Node) -> bool:
@@ -200,27 +204,28 @@ def _look_at_underlay(account: Account, node: Node, public: Address) -> None:
         )
         return
     device = view.device(way.device)
-    account.say("underlay", f"{public}: {_way_text(way)}", *_underlay_fault(node, way, device))
-    own = {str(node.facing.address)} if node.facing.address else set()
-    if own and not own & view.own_addresses():
-        fault = f"our address {node.facing.address}, which the socket uses, is no longer an address of this node"
+    account.say("underlay", f"{public}: {_way_text(way)}", *_underlay_fault(node, way, device, public))
+    own = node.facing.address if public.version == 4 else node.facing.address_v6
+    if own is not None and int(own) and str(own) not in view.own_addresses():
+        fault = f"our address {own}, which the socket uses, is no longer an address of this node"
         account.say("own address", "gone", fault, "systemctl restart flanneld")
-    next_hop = IPv4Address(way.gateway) if way.gateway and ":" not in way.gateway else public
+    next_hop = ip_address(way.gateway) if way.gateway else public
     entry = view.neighbour(next_hop, way.device)
     text = "not asked for yet" if entry is None else f"{entry[0] or 'no MAC'} {entry[1]}"
     account.say("neighbour", f"{next_hop} on {way.device}: {text}")
 
 
-def _underlay_fault(node: Node, way: Way, device: Device | None) -> tuple[str | None, str]:
-    overhead = {"udp": UDP_OVERHEAD, "vxlan": VXLAN_OVERHEAD}.get(node.status.type, 0)
+def _underlay_fault(node: Node, way: Way, device: Device | None, public: Address) -> tuple[str | None, str]:
+    frames = VXLAN_OVERHEAD if public.version == 4 else VXLAN_OVERHEAD_V6
+    overhead, mtu = {"udp": UDP_OVERHEAD, "vxlan": frames}.get(node.status.type, 0), _most(node, public)
     if device is None:
         return f"device {way.device} is gone", "ip link"
     if not device.up or not device.carrier:
         state = "without carrier" if device.up else "down"
         return f"underlay device {way.device} is {state}", f"ip link set {way.device} up"
-    if device.mtu < node.status.mtu + overhead:
-        text = f"{node.status.mtu} bytes and {overhead} of header do not fit {way.device}'s {device.mtu}"
-        wanted = node.status.mtu + overhead
+    if device.mtu < mtu + overhead:
+        text = f"{mtu} bytes and {overhead} of header do not fit {way.device}'s {device.mtu}"
+        wanted = mtu + overhead
         return f"MTU too large: {text}", f"ip link set {way.device} mtu {wanted}   # or restart flanneld to follow it"
     return None, ""
 

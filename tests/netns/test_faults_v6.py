@@ -1,0 +1,51 @@
+"""`loden explain` where the overlay is IPv6, alone and beside IPv4: what is well is said to be, faults are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataplane.lab import Lab
+from tests.netns.conftest import MakeLab
+from tests.netns.observing import until
+from tests.netns.test_faults import explain, names, rules
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
+
+REACHED = "answers inside the overlay, also at the MTU"
+PEER = "fd00:198:18::1:2"
+
+
+def well(lab: Lab, version: int) -> bool:
+    return REACHED in str(explain(lab, lab.address_of("n2-p1", version))["verdict"])
+
+
+@pytest.fixture
+def lab(make_lab: MakeLab) -> Lab:
+    return make_lab(2, backend="vxlan", dataplane="userspace", families="6")
+
+
+def test_faults_of_an_overlay_of_ipv6_are_named(lab: Lab) -> None:
+    pod = lab.address_of("n2-p1", 6)
+    assert well(lab, 6)
+    assert "local to this node" in explain(lab, lab.address_of("n1-p1", 6))["verdict"]
+    names(explain(lab, "fd00:10:244:ffff::7"), "no lease covers fd00:10:244:ffff::7", "loden status")
+    for member, hook, said in (("n1", "output", "this node's own firewall"), ("n2", "input", "passes UDP port 8472")):
+        with rules(lab, member, f"chain c {{ type filter hook {hook} priority 0; udp dport 8472 drop; }}"):
+            answer = explain(lab, pod)
+            names(answer, "port blocked", "nft")
+            assert said in answer["verdict"]
+        until("the fault is gone with its cause", lambda: well(lab, 6))
+    lab.run("n1", ["ip", "route", "add", pod, "dev", "eth0"])
+    names(explain(lab, pod), f"the route to {pod} leads to eth0, not into flannel-v6.1", "ip route")
+    lab.run("n1", ["ip", "route", "del", pod, "dev", "eth0"])
+    lab.node("n2").cut()
+    names(explain(lab, pod), "peer down", f"ping {PEER}")
+    lab.node("n2").heal()
+    until("the fault is gone with its cause", lambda: well(lab, 6))
+    assert lab.node("n2").stop_daemon() == 0
+    names(explain(lab, pod), f"peer down: the node {PEER} is up, but nothing listens", f"ssh {PEER}")
+
+
+def test_beside_ipv6_the_device_of_ipv4_may_have_its_own_mtu(make_lab: MakeLab) -> None:
+    lab = make_lab(2, backend="vxlan", dataplane="userspace", families="46")
+    assert well(lab, 4), explain(lab, lab.address_of("n2-p1", 4))
