@@ -263,7 +263,7 @@ def _look_at_rules(account: Account, node: Node, public: Address) -> None:
 
 
 def _look_at_counters(account: Account, node: Node, lease: Lease) -> None:
-    peer = status_of(node, lease)
+    peer = status_of(node, lease, account.address)
     if peer is None:
         return
     heard = "never heard" if peer.idle is None else f"heard {peer.idle:.0f} s ago"
@@ -280,7 +280,7 @@ def _probe(node: Node, read: Callable[[], Node], lease: Lease, address: Address,
     small, large, outer = probe.echo([Echo(there, SMALL, own), Echo(there, node.status.mtu, own), Echo(public, SMALL)])
     poke = "not sent" if small.received or not node.port else probe.poke(public, node.port)
     after, risen = read(), view.udp_errors()
-    one, two = status_of(before, lease), status_of(after, lease)
+    one, two = (status_of(state, lease, address) for state in (before, after))
     return Probes(
         small,
         large,

@@ -153,7 +153,7 @@ class _Pattern:
         if found is not None:
             return found
         if not self._rule and self._probes.heard:
-            own = self._node.own.key.subnet.network_address if self._node.own else ""
+            own = subnet_of(self._node.own, self._account.address).network_address if self._node.own else ""
             said = "is heard meanwhile, but does not answer: our datagrams do not get there, or it drops them"
             return f"one-way loss: {public} {said}", f"loden explain {own}   # on {public}"
         said = f"is up, but nothing passes UDP port {port}: a firewall here, there or between drops it{self._rule}"
@@ -204,30 +204,31 @@ class _Pattern:
             return f"peer down: {said}", f"ssh {public} systemctl status flanneld"
         if self._probes.public.received:
             return None
-        idle = idle_of(self._node, self._lease)
+        idle = idle_of(self._node, self._lease, self._account.address)
         heard = "" if idle is None else f"; it was last heard {idle:.0f} s ago"
         said = f"{public} answers neither inside the overlay nor outside{heard}"
         return f"peer down, or wrong public IP in its lease: {said}", f"ping {public}"
 
 
 def public_of(lease: Lease, address: Address) -> Address:
-    """Where the outer packets for an address go: of VXLAN, IPv6 goes over IPv6."""
+    """Where the outer packets for an address go: IPv6 over IPv6, but not in udp mode, whose leases name no type."""
     six = lease.attrs.public_ipv6
-    if address.version == 6 and six is not None and lease.attrs.backend_type != "udp":
+    if address.version == 6 and six is not None and lease.attrs.backend_type not in ("", "udp"):
         return six
     return lease.attrs.public_ip
 
 
 def subnet_of(lease: Lease, address: Address) -> Network:
-    """The lease's subnet of that family; for an address outside it, the first."""
+    """The lease's subnet of that family; where it has none, the first."""
     subnets = lease.key.subnets
-    return next((subnet for subnet in subnets if address in subnet), subnets[0])
+    return next((subnet for subnet in subnets if subnet.version == address.version), subnets[0])
 
 
-def status_of(node: Node, lease: Lease) -> PeerStatus | None:
-    return next((peer for peer in node.status.peers if peer.subnet in lease.key.subnets), None)
+def status_of(node: Node, lease: Lease, address: Address) -> PeerStatus | None:
+    subnet = subnet_of(lease, address)
+    return next((peer for peer in node.status.peers if peer.subnet == subnet), None)
 
 
-def idle_of(node: Node, lease: Lease) -> float | None:
-    peer = status_of(node, lease)
+def idle_of(node: Node, lease: Lease, address: Address) -> float | None:
+    peer = status_of(node, lease, address)
     return None if peer is None else peer.idle

@@ -46,6 +46,9 @@ def test_faults_of_an_overlay_of_ipv6_are_named(lab: Lab) -> None:
     names(explain(lab, pod), f"peer down: the node {PEER} is up, but nothing listens", f"ssh {PEER}")
 
 
-def test_beside_ipv6_the_device_of_ipv4_may_have_its_own_mtu(make_lab: MakeLab) -> None:
-    lab = make_lab(2, backend="vxlan", dataplane="userspace", families="46")
-    assert well(lab, 4), explain(lab, lab.address_of("n2-p1", 4))
+@pytest.mark.parametrize("backend", ["udp", "vxlan"])
+def test_of_two_families_each_has_its_own_way(make_lab: MakeLab, backend: str) -> None:
+    """udp carries IPv6 over IPv4; of vxlan IPv6 has a device, an MTU and an underlay of its own."""
+    lab = make_lab(2, backend=backend, dataplane="userspace" if backend == "vxlan" else "", families="46")
+    for version in (4, 6):
+        assert well(lab, version), explain(lab, lab.address_of("n2-p1", version))
