@@ -288,8 +288,9 @@ class LeaseKeeper:
         for portion in batch.portions(self._table.revision, PORTION):
             began = self._clock()
             await self._deliver(own, self._table.apply(portion), certain=False)
-            if len(batch.changes) > PORTION:
-                await self._sleep(self._clock() - began)
+            spent = self._clock() - began
+            if len(batch.changes) > PORTION and spent:
+                await self._sleep(spent)
 
     async def _resync(self, own: Ownership) -> None:
         """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""

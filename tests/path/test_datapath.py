@@ -297,7 +297,7 @@ async def test_stop_is_quick_idempotent_and_leaves_no_thread() -> None:
     await made.path.stop()
     await made.path.stop()
     assert time.monotonic() - before < datapath.STOP_SECONDS
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loden-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("loden-tx", "loden-rx"))]
     await made.close()
 
 
