@@ -146,7 +146,7 @@ class Foreign:
         if not program.is_file() or not os.access(program, os.X_OK):
             raise ConfigError(f"--flanneld: {program} is no program that can be started")
         self.name = name
-        self._program = program
+        self._program = program.resolve()  # a bare name would be looked for on the PATH
         self._backend = backend
 
     def up(self, stand: Stand) -> Ends:
