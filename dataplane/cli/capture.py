@@ -56,6 +56,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="outer headers: `rebuilt` from what a UDP socket shows, or `wire`, as they are on the underlay "
         "(rebuilt; wire where the kernel carries the packets)",
     )
+    parser.add_argument("--json", action="store_true", help="an object of JSON for each packet instead of a line")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary at the end")
     parser.add_argument("--check", action="store_true", help="only look whether the filter can be understood")
     add_filters(parser)
@@ -121,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     rotating = arguments.rotate_size or arguments.rotate_time
     if (rotating or arguments.keep) and arguments.file in (None, "-"):
         raise ConfigError("--rotate-size, --rotate-time and --keep need a file: -w FILE")
+    if arguments.json and arguments.file:
+        raise ConfigError("--json is another form of the lines: leave -w out")
     if arguments.file == "-" and sys.stdout.isatty():
         raise ConfigError("-w - writes pcapng, which is not for a terminal: use a pipe, or leave -w out for lines")
     from dataplane.debug import control
@@ -136,7 +139,7 @@ def _receive(stream: BufferedReader, arguments: argparse.Namespace) -> list[Stat
     from dataplane.debug import recording
 
     if arguments.file is None:
-        return recording.show(stream, lambda line: print(line, flush=True))
+        return recording.show(stream, lambda line: print(line, flush=True), as_json=arguments.json)
     if arguments.file == "-":
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as pipe:
             return recording.copy(stream, pipe, "standard output")

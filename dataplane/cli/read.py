@@ -33,7 +33,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="pcapng; one, or one of each node")
     parser.add_argument("--lines", action="store_true", help="a line for each packet instead of the flows")
     parser.add_argument("--drops", action="store_true", help="only packets that were not carried")
-    parser.add_argument("--json", action="store_true", help="the flows as JSON")
+    parser.add_argument("--json", action="store_true", help="the flows, or with --lines the packets, as JSON")
     parser.set_defaults(run=run)
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.lines:
             for item in whole:
                 if isinstance(item, reading.Pair):
-                    print(dissect.line(item.first))
+                    print(json.dumps(dissect.document(item.first)) if arguments.json else dissect.line(item.first))
         else:
             summary = reading.flows(whole, merged=len(arguments.files) == 2)
             print(json.dumps(document(summary), indent=2) if arguments.json else table(summary))

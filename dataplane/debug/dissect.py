@@ -10,6 +10,7 @@ import struct
 import time
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
 from dataplane.debug.pcapng import INBOUND, LINKTYPE_ETHERNET, Packet
 
@@ -123,6 +124,15 @@ def line(packet: Packet) -> str:
     way = "rx" if packet.direction == INBOUND else "tx"
     rest = " ".join(word for word in packet.comment.split(" ") if not word.startswith("dir="))
     return f"{clock}.{packet.ns // 1000 % 10**6:06d} {way} {what(ip_of(packet), packet.length)}  {rest}".rstrip()
+
+
+def document(packet: Packet) -> dict[str, Any]:
+    """The same in JSON's types: `ns` since 1970, and each word of the comment under its own name."""
+    seen = look(ip_of(packet))
+    found: dict[str, Any] = {"ns": packet.ns, "length": packet.length}
+    if seen is not None:
+        found |= dict(zip(("protocol", "source", "destination"), seen.flow, strict=True))
+    return found | dict(word.split("=", 1) for word in packet.comment.split(" ") if "=" in word)
 
 
 def what(data: bytes, length: int) -> str:

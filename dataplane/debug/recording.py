@@ -7,6 +7,7 @@ also where the disk was full; it can be read by nobody but its owner.
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
 from collections import deque
@@ -130,17 +131,19 @@ class Ring:
         self._filled += len(data)
 
 
-def show(stream: Readable, put: Callable[[str], None]) -> list[pcapng.Statistics]:
-    """A line for each packet: of the inner one, or of the outer one where that is all. Raises CaptureError."""
+def show(stream: Readable, put: Callable[[str], None], *, as_json: bool = False) -> list[pcapng.Statistics]:
+    """A line for each packet, readable or an object of JSON: of the inner one, or of the outer one where that is all.
+    Raises CaptureError."""
     statistics: list[pcapng.Statistics] = []
     for block in pcapng.Reader(stream, "the daemon"):
         if isinstance(block, pcapng.Statistics):
             statistics.append(block)
         elif isinstance(block, pcapng.Packet):
             if block.lost:
-                put(f"--- {block.lost} packets are missing here")
+                lost = {"missing": block.lost}
+                put(json.dumps(lost) if as_json else f"--- {block.lost} packets are missing here")
             if block.interface.name == "overlay" or " inner=" in block.comment:
-                put(dissect.line(block))
+                put(json.dumps(dissect.document(block)) if as_json else dissect.line(block))
     return statistics
 
 

@@ -181,6 +181,8 @@ def test_the_verb_shows_flows_lines_and_json(tmp_path: Path, capsys: pytest.Capt
     ]
     assert len(run(capsys, str(path), "--lines")[1].splitlines()) == 2
     assert "drop=NO_ROUTE" in run(capsys, str(path), "--lines", "--drops")[1]
+    (one,) = map(json.loads, run(capsys, str(path), "--lines", "--drops", "--json")[1].splitlines())
+    assert one["drop"] == "NO_ROUTE"
     document: dict[str, Any] = json.loads(run(capsys, str(path), "--json")[1])
     assert document["flows"][0]["drops"] == {"NO_ROUTE": 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -187,6 +188,19 @@ def test_lines_and_an_expression(make_lab: MakeLab) -> None:
         lab.ping("n1-p1", "n2-p1", count=2)
         output, _ = process.communicate(timeout=30)
     assert normal(output) == normal(documented("capture-lines"))
+
+
+def test_an_object_for_each_packet(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    with capturing(lab, "n1", "-c", "2", "--json", "--tx", "icmp") as process:
+        lab.ping("n1-p1", "n2-p1", count=2)
+        output, _ = process.communicate(timeout=30)
+    first, second = map(json.loads, output.splitlines())
+    assert 0 < second.pop("ns") - first.pop("ns") < 10**10
+    assert first == second
+    lease = status_of(lab.node("n2"))["lease"]["subnet"]
+    ends = {"source": lab.address_of("n1-p1"), "destination": lab.address_of("n2-p1")}
+    assert first == {"length": 84, "protocol": "icmp", **ends, "peer": "198.18.1.2", "lease": lease, "dir": "tx"}
 
 
 def test_a_pipe_into_tshark(make_lab: MakeLab) -> None:

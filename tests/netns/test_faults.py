@@ -273,6 +273,7 @@ def test_wrong_public_ip(lab: Lab) -> None:
         (("capture", "hots", "10.1.1.1"), "did you mean `host`"),
         (("capture", "--pod", "nonsense"), "--pod: 'nonsense'"),
         (("capture", "-s", "0"), "-s 0"),
+        (("capture", "--json", "-w", "a.pcapng"), "--json is another form of the lines"),
         (("capture", "--for", "soon"), "use a time such as 10s"),
         (("capture", "--keep", "3"), "need a file"),
         (("capture", "--buffer", "0"), "--buffer 0"),
