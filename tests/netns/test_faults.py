@@ -152,6 +152,8 @@ def test_port_blocked_by_nft(lab: Lab, member: str, hook: str, rule: str, where:
 
 @pytest.mark.parametrize(("member", "device"), [("n1", "eth0"), ("switch", "n1")])
 def test_mtu_too_large(lab: Lab, member: str, device: str) -> None:
+    node = lab.node("n1")
+    before = status_of(node)["mtu"]
     lab.run(member, ["ip", "link", "set", device, "mtu", "1400"])
     try:
         names(
@@ -161,6 +163,7 @@ def test_mtu_too_large(lab: Lab, member: str, device: str) -> None:
         )
     finally:
         lab.run(member, ["ip", "link", "set", device, "mtu", "1500"])
+    until("the node has followed its interface back", lambda: status_of(node)["mtu"] == before)
     mended(lab)
 
 

@@ -167,7 +167,13 @@ def _compare(device: KernelVtep, verdict: Verdict, judged: list[tuple[Case, byte
         pytest.fail(f"we say {verdict!r} of {len(cases)}, the device {found}; one of them: {_show(one)}")
     if verdict is None:
         for (case, packet), frame in zip(judged, frames, strict=True):
-            assert frame[14 : 14 + len(packet)] == packet, _show(case)
+            assert _one_zero(frame[14 : 14 + len(packet)]) == _one_zero(packet), _show(case)
+
+
+def _one_zero(packet: bytes) -> bytes:
+    """Zero has two forms in ones' complement. Where a CE mark changes an IPv4 header, ours is that of RFC 1624 section
+    3; the kernel adds (include/net/inet_ecn.h, IP_ECN_set_ce) and may come to the other."""
+    return packet[:10] + bytes(2) + packet[12:] if packet[:1] < b"\x60" and packet[10:12] == b"\xff\xff" else packet
 
 
 def _show(case: Case) -> str:
