@@ -37,6 +37,9 @@ WIPED_STORE_GRACE = 600.0
 PORTION = 50
 """Leases that are followed at once: about 5 ms of work."""
 
+MOST_REST = 0.005
+"""Seconds of rest after a portion: where the kernel is told of each lease, a longer one would fall behind a storm."""
+
 _RENEWAL_RETRY = 60.0
 _RACE_PAUSE = 0.5
 _AUDIT_AFTER = 60.0
@@ -283,14 +286,14 @@ class LeaseKeeper:
         raise StoreUnavailable(f"{self._store.name} ended the watch")
 
     async def _take(self, own: Ownership, batch: Batch) -> None:
-        """Follow a batch; of one that is large, rest after each portion for as long as it has taken: packets, and
+        """Follow a batch; of one that is large, rest after each portion for about as long as it has taken: packets, and
         everybody else on this loop, want the processor too."""
         for portion in batch.portions(self._table.revision, PORTION):
             began = self._clock()
             await self._deliver(own, self._table.apply(portion), certain=False)
             spent = self._clock() - began
             if len(batch.changes) > PORTION and spent:
-                await self._sleep(spent)
+                await self._sleep(min(spent, MOST_REST))
 
     async def _resync(self, own: Ownership) -> None:
         """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""
