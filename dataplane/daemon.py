@@ -177,6 +177,7 @@ class Daemon:
             facing = await surveyor.first()
             backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
+            parts.give_way(backend)
             keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
             self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)
             if past is None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dataplane import netconf
-from dataplane.backend.base import Backend, Underlay
+from dataplane.backend.base import Backend, Tappable, Underlay
 from dataplane.errors import ConfigError
 from dataplane.lease.store import LeaseStore
 from dataplane.memory import Memory
@@ -150,13 +150,20 @@ def _with_direct_routes(network: NetworkConfig, make: Callable[[OnPeers | None],
     return DirectlyRouted(make(routes.follow), routes)
 
 
+def give_way(backend: Backend) -> None:
+    """Lower this process's priority where the backend has pumps, before it starts them; they keep what it had."""
+    found: object = backend
+    if isinstance(found, Tappable):
+        from dataplane.path.datapath import give_way_to_pumps
+
+        give_way_to_pumps()
+
+
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
-    """For this process, which from now on gives way to its pumps."""
     from dataplane.backend.userspace import Tuning
     from dataplane.path.capability import EVERYTHING
-    from dataplane.path.datapath import SourceCheck, give_way_to_pumps
+    from dataplane.path.datapath import SourceCheck
 
-    give_way_to_pumps()
     return Tuning(
         SourceCheck[options.source_check.upper()],
         wanted=EVERYTHING - options.switched_off - switched_off,

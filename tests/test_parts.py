@@ -37,17 +37,20 @@ class Kernel:
         return self._vxlan
 
 
-def choose(tmp_path: Path, backend: dict[str, Any], *flags: str, vxlan: bool = True) -> str:
+def choose(tmp_path: Path, backend: dict[str, Any], *flags: str, vxlan: bool = True, start: bool = False) -> str:
     text = json.dumps({"Network": "10.5.0.0/16", "Backend": backend}).encode()
     memory = Memory(str(tmp_path / "state"))
-    chosen = parts.make_backend(
+    making = parts.make_backend(
         options.parse(flags, {}),
         netconf.parse(text, origin="test"),
         FACING,
         Kernel(vxlan=vxlan),  # type: ignore[arg-type]  # the one method that is asked
         memory,
     )
-    return type(asyncio.run(chosen)).__name__
+    chosen = asyncio.run(making)
+    if start:
+        parts.give_way(chosen)
+    return type(chosen).__name__
 
 
 @pytest.mark.parametrize(
@@ -66,10 +69,11 @@ def test_the_flag_wins_then_the_net_conf(tmp_path: Path, backend: dict[str, Any]
 
 
 def test_only_who_has_pumps_gives_way_to_them(tmp_path: Path, gave_way: list[bool]) -> None:
-    choose(tmp_path, {"Type": "vxlan"})
-    choose(tmp_path, {"Type": "host-gw"})
+    choose(tmp_path, {"Type": "vxlan"}, start=True)
+    choose(tmp_path, {"Type": "host-gw"}, start=True)
+    choose(tmp_path, {"Type": "udp"})  # as `loden migrate check` does, which starts nothing
     assert not gave_way
-    choose(tmp_path, {"Type": "udp"})
+    choose(tmp_path, {"Type": "udp"}, start=True)
     assert gave_way
 
 
