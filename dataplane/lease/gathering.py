@@ -19,14 +19,17 @@ MOST_CHANGES = 20_000
 async def gathered(stream: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch, None]:
     """The batches of a watch, as few as its follower can take. Raises what the watch raises; the caller closes both."""
     waiting: list[Batch] = []
+    held = 0
     news, room = asyncio.Event(), asyncio.Event()
 
     async def read() -> None:
+        nonlocal held
         try:
             async for batch in stream:
                 waiting.append(batch)
+                held += len(batch.changes)
                 news.set()
-                if sum(len(each.changes) for each in waiting) >= MOST_CHANGES:
+                if held >= MOST_CHANGES:
                     room.clear()
                     await room.wait()
         finally:
@@ -38,7 +41,7 @@ async def gathered(stream: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch,
             if not reader.done():
                 await news.wait()
                 news.clear()
-            taken, waiting[:] = tuple(waiting), []
+            taken, waiting[:], held = tuple(waiting), [], 0
             room.set()
             if taken:
                 yield Batch(taken[-1].revision, tuple(change for batch in taken for change in batch.changes))
