@@ -70,6 +70,7 @@ __all__ = [
     "finished",
     "give_way_to_pumps",
     "segments",
+    "wide",
 ]
 
 PATHS = 2
@@ -418,11 +419,11 @@ class Datapath:
 
     def _change(self, subnet: IPv4Network | IPv6Network, route: _Route | None) -> None:
         length = subnet.prefixlen + (96 if subnet.version == 4 else 0)
-        prefix = _wide(subnet.network_address)
+        prefix = wide(subnet.network_address)
         if route is None:
             record = _CHANGE.pack(prefix, b"", 0, 0, length, True, b"")
         else:
-            record = _CHANGE.pack(prefix, _wide(route.address), route.slot, route.mtu, length, False, route.mac)
+            record = _CHANGE.pack(prefix, wide(route.address), route.slot, route.mtu, length, False, route.mac)
         self._changes[subnet] = record
         if self._publish_timer is None and self._threads:
             self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
@@ -498,7 +499,7 @@ def _tell_outer_header(receiver: socket.socket) -> None:
         receiver.setsockopt(socket.IPPROTO_IP, _IP_RECVTTL, 1)
 
 
-def _wide(address: IPv4Address | IPv6Address) -> bytes:
+def wide(address: IPv4Address | IPv6Address) -> bytes:
     """16 bytes, IPv4 as ::ffff:a.b.c.d."""
     return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
 

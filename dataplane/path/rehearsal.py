@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from dataplane._rehearsal import MOST_MESSAGES, receive, transmit
 from dataplane._tap import Tap, TapSet
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import VXLAN_HEAD, Datapath, Outer, PathEvent, SourceCheck, Vxlan
+from dataplane.path.datapath import VXLAN_HEAD, Datapath, Outer, PathEvent, SourceCheck, Vxlan, wide
 from dataplane.path.superframe import VnetHeader
 
 MOST_SEGMENTS = 1024
@@ -94,7 +94,7 @@ class Rehearsal:
     def receive(self, messages: Sequence[Message]) -> list[tuple[VnetHeader, bytes]]:
         """A batch of at most MOST_MESSAGES, with MOST_SEGMENTS datagrams in all, comes from the socket: what is written
         to the TUN."""
-        batch = [(_wide(one.source), one.port, one.tos, one.ttl, one.size, one.data) for one in messages]
+        batch = [(wide(one.source), one.port, one.tos, one.ttl, one.size, one.data) for one in messages]
         receive(self._path.engine, batch)
         written = os.pread(self._device, os.lseek(self._device, 0, os.SEEK_CUR), 0)
         os.lseek(self._device, 0, os.SEEK_SET)
@@ -116,10 +116,6 @@ def _taken_apart(written: bytes) -> list[tuple[VnetHeader, bytes]]:
         found.append((header, written[at : at + length]))
         at += length
     return found
-
-
-def _wide(address: IPv4Address | IPv6Address) -> bytes:
-    return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
 
 
 def _ignore(_event: PathEvent) -> None:
