@@ -23,7 +23,7 @@ from typing import Any
 from dataplane import __version__
 from dataplane.backend.base import Tappable
 from dataplane.debug import expression, pcapng
-from dataplane.debug.source import Account, Face, Source
+from dataplane.debug.source import Account, Face, Source, ending
 from dataplane.errors import CaptureError, DropReason
 from dataplane.path.datapath import Tap
 
@@ -220,10 +220,8 @@ class _Tapped:
         matched, lost, delivered = self._tap.statistics
         if lost:
             comment = f"{lost} of {matched} packets found no room in the ring: a larger --buffer or a smaller -s helps"
-        elif matched - lost - delivered:
-            comment = f"ended after {delivered} packets, as asked"
         else:
-            comment = "nothing is missing"
+            comment = ending(delivered, ordered=matched > delivered)
         account = Account(matched, lost, delivered, comment)
         return account, account
 

@@ -46,7 +46,7 @@ class Outer:
         if seen is None or seen.protocol != dissect.UDP or seen.ports is None or seen.fragment:
             return None
         four = seen.source.version == 4
-        if seen.length < ((data[0] & 15) * 4 if four else 40) + 8:
+        if seen.length < dissect.header_length(data) + 8:
             return None
         tos, ttl = (data[1], data[8]) if four else (int.from_bytes(data[:2]) >> 4 & 0xFF, data[7])
         return cls(seen.source, seen.destination, seen.ports, tos, ttl, data[: seen.length], seen.payload)
@@ -58,7 +58,7 @@ class Outer:
     def comparable(self, *, frames: bool) -> bytes:
         """What the path decides; the rest is zero."""
         made, four = bytearray(self.data), self.source.version == 4
-        udp = (made[0] & 15) * 4 if four else 40
+        udp = dissect.header_length(self.data)
         if four:
             made[1] &= 3
             made[4:9] = bytes(5)
@@ -88,7 +88,7 @@ class Record:
         first = inner or outer
         if first is None:
             return None
-        words = dict(word.partition("=")[::2] for word in first.comment.split(" "))
+        words = dissect.words(first.comment)
         return cls(number if first.number is None else first.number, inner, Outer.of(outer), words, first)
 
     @property

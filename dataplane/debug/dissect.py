@@ -114,8 +114,12 @@ def inner_of(datagram: bytes, port: int, vxlan_port: int = 8472) -> tuple[bytes,
 
 def payload_of(data: bytes) -> bytes:
     """What was kept of the payload of a UDP packet without IPv6 extension headers."""
-    header = (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40
-    return data[header + 8 :]
+    return data[header_length(data) + 8 :]
+
+
+def header_length(data: bytes) -> int:
+    """Bytes of the IP header, without IPv6 extension headers."""
+    return (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40
 
 
 def line(packet: Packet) -> str:
@@ -132,7 +136,12 @@ def document(packet: Packet) -> dict[str, Any]:
     found: dict[str, Any] = {"ns": packet.ns, "length": packet.length}
     if seen is not None:
         found |= dict(zip(("protocol", "source", "destination"), seen.flow, strict=True))
-    return found | dict(word.split("=", 1) for word in packet.comment.split(" ") if "=" in word)
+    return found | {name: value for name, value in words(packet.comment).items() if value}
+
+
+def words(comment: str) -> dict[str, str]:
+    """What a comment of ours says, by name; a word without a value has an empty one."""
+    return dict(word.partition("=")[::2] for word in comment.split())
 
 
 def what(data: bytes, length: int) -> str:

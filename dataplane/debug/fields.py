@@ -61,12 +61,8 @@ def field_of(data: bytes, at: int, *, outer: bool = False, vxlan: bool = False) 
 
 
 def _packet(data: bytes, prefix: str) -> Iterator[tuple[str, int]]:
-    four = data[:1] != b"" and data[0] >> 4 == 4
-    header = max((data[0] & 15) * 4, 20) if four else 40
-    name = f"{prefix}{'IPv4' if four else 'IPv6'}"
-    yield from _named(name, _V4 if four else _V6)
-    if four and header > 20:
-        yield f"{name} options", header - 20
+    yield from _ip(data, prefix)
+    four = _is_v4(data)
     later = four and int.from_bytes(data[6:8]) & 0x1FFF
     protocol = data[9:10] if four else data[6:7]
     if protocol and not later and protocol[0] in _BEHIND:
@@ -75,18 +71,26 @@ def _packet(data: bytes, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def _outer(data: bytes, *, vxlan: bool) -> Iterator[tuple[str, int]]:
-    four = data[:1] != b"" and data[0] >> 4 == 4
-    header = max((data[0] & 15) * 4, 20) if four else 40
-    yield from _named("outer IPv4" if four else "outer IPv6", _V4 if four else _V6)
-    if header > 20 and four:
-        yield "outer IPv4 options", header - 20
+    yield from _ip(data, "outer ")
     yield from _named("outer UDP", _UDP)
-    at = header + 8
+    at = sum(size for _, size in _ip(data, "")) + 8
     if vxlan:
         yield from _named("VXLAN", _VXLAN)
         yield from _named("inner Ethernet", _ETHERNET)
         at += 22
     yield from _packet(data[at:], "inner ")
+
+
+def _ip(data: bytes, prefix: str) -> Iterator[tuple[str, int]]:
+    """The fields of the IP header."""
+    name = f"{prefix}{'IPv4' if _is_v4(data) else 'IPv6'}"
+    yield from _named(name, _V4 if _is_v4(data) else _V6)
+    if _is_v4(data) and (data[0] & 15) * 4 > 20:
+        yield f"{name} options", (data[0] & 15) * 4 - 20
+
+
+def _is_v4(data: bytes) -> bool:
+    return data[:1] != b"" and data[0] >> 4 == 4
 
 
 def _named(prefix: str, fields: Fields) -> Iterator[tuple[str, int]]:

@@ -44,8 +44,7 @@ class Pair:
     @property
     def drop(self) -> str:
         """The DropReason's name; empty where the packet was carried."""
-        words = dict(word.partition("=")[::2] for word in self.first.comment.split())
-        return words.get("drop", "")
+        return dissect.words(self.first.comment).get("drop", "")
 
     @property
     def seen(self) -> Seen | None:

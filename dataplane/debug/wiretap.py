@@ -19,7 +19,7 @@ from dataplane.debug import cutting, pcapng
 from dataplane.debug.cutting import Piece
 from dataplane.debug.pairing import OVERLAY, UNDERLAY, Pair, Pairing, Sighting, identity
 from dataplane.debug.scene import Address, Scene, Way, Ways
-from dataplane.debug.source import Account, Face
+from dataplane.debug.source import Account, Face, ending
 from dataplane.errors import CaptureError, DropReason
 from dataplane.kernel import packet_ring, view
 from dataplane.kernel.packet_filter import ETHERNET, NETWORK_HEADER, Wanted
@@ -112,10 +112,8 @@ class Wiretap:
             comment = "{} frames of the overlay and {} of the underlay found no room: a larger --buffer helps".format(
                 *self._dropped
             )
-        elif self._matched > self._delivered:
-            comment = f"ended after {self._delivered} packets, as asked"
         else:
-            comment = "nothing is missing"
+            comment = ending(self._delivered, ordered=self._matched > self._delivered)
         overlay, underlay = (Account(self._matched, lost, self._delivered, comment) for lost in self._dropped)
         return overlay, underlay
 
