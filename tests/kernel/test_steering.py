@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -20,6 +19,7 @@ from dataplane.errors import KernelError
 from dataplane.kernel import tun
 from dataplane.kernel.steering import MULTIPLIER, steering_program
 from dataplane.kernel.tun import VNET_HDR_BYTES, Tun, open_tun, release
+from tests.kernel.holding import hold
 from tests.kernel.test_tun import details, names
 from tests.namespaces import Namespace, open_namespace
 
@@ -185,17 +185,9 @@ def test_a_device_has_as_many_queues_as_asked_for_and_goes_with_all_of_them(ns: 
     assert names(ns) == set()
 
 
-def hold(ns: Namespace, adopt: str) -> tuple[subprocess.Popen[str], str]:
-    process = ns.spawn_python(HOLD, adopt)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, process.communicate(timeout=30)
-    return process, line.strip()
-
-
 @pytest.mark.netns
 def test_a_kill_leaves_the_device_which_is_adopted_with_what_came_for_fewer_queues_dropped(ns: Namespace) -> None:
-    process, printed = hold(ns, "")
+    process, printed = hold(ns, HOLD)
     assert printed == "flannel0 False 3"
     ns.command("ip", "addr", "add", "10.5.1.0/32", "dev", "flannel0")
     ns.command("ip", "link", "set", "flannel0", "up")

@@ -9,7 +9,6 @@ import json
 import os
 import select
 import struct
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from dataplane.errors import KernelError
 from dataplane.kernel.facts import Link
 from dataplane.kernel.netlink import Netlink
 from dataplane.kernel.tun import VNET_HDR_BYTES, Tun, leftovers, open_tun, release
+from tests.kernel.holding import hold
 from tests.namespaces import Namespace, open_namespace
 
 HOLD = """
@@ -45,15 +45,6 @@ def details(ns: Namespace, name: str) -> dict[str, Any]:
 
 def names(ns: Namespace) -> set[str]:
     return {link["ifname"] for link in json.loads(ns.command("ip", "-j", "link").stdout)} - {"lo"}
-
-
-def hold(ns: Namespace, adopt: str = "") -> tuple[subprocess.Popen[str], str]:
-    """Another process that opened a device and keeps it; with what it printed: name, adopted."""
-    process = ns.spawn_python(HOLD, adopt)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, process.communicate(timeout=30)
-    return process, line.strip()
 
 
 @pytest.mark.netns
@@ -96,7 +87,7 @@ def test_packets_carry_a_virtio_header_of_ten_bytes(ns: Namespace) -> None:
 
 @pytest.mark.netns
 def test_a_kill_leaves_device_address_and_route_and_the_next_start_adopts_them(ns: Namespace) -> None:
-    process, printed = hold(ns)
+    process, printed = hold(ns, HOLD)
     assert printed == "flannel0 False"
     ns.command("ip", "addr", "add", "10.5.1.0/32", "dev", "flannel0")
     ns.command("ip", "link", "set", "flannel0", "up", "mtu", "1472")
@@ -107,7 +98,7 @@ def test_a_kill_leaves_device_address_and_route_and_the_next_start_adopts_them(n
     assert "10.5.0.0/16 dev flannel0" in ns.command("ip", "route").stdout
 
     for _ in range(2):  # also after a second kill
-        process, printed = hold(ns, "flannel0")
+        process, printed = hold(ns, HOLD, "flannel0")
         assert printed == "flannel0 True"
         assert details(ns, "flannel0")["ifindex"] == before
         assert "linkdown" not in ns.command("ip", "route").stdout
@@ -189,9 +180,9 @@ def test_what_is_no_tun_device_is_left_alone(ns: Namespace, kind: str) -> None:
 
 @pytest.mark.netns
 def test_a_device_that_another_process_holds_is_refused_with_its_name(ns: Namespace) -> None:
-    process, _ = hold(ns)
+    process, _ = hold(ns, HOLD)
     with open_namespace() as elsewhere:
-        hold(elsewhere)  # holds a flannel0 too, but not ours
+        hold(elsewhere, HOLD)  # holds a flannel0 too, but not ours
         with pytest.raises(
             KernelError, match=rf"cannot adopt device flannel0: process python\S* \(pid {process.pid}\) holds it"
         ):
@@ -292,7 +283,7 @@ def test_leftovers_as_the_kernel_tells_them(ns: Namespace) -> None:
         finally:
             await netlink.close()
 
-    process, _ = hold(ns)  # a device that is down and held is nobody's leftover
+    process, _ = hold(ns, HOLD)  # a device that is down and held is nobody's leftover
     ns.command("ip", "tuntap", "add", "dev", "flannel8", "mode", "tun")
     ns.command("ip", "tuntap", "add", "dev", "flannel9", "mode", "tap")
     assert ns.run(asyncio.run, look()) == {"flannel8"}

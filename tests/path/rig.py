@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from ipaddress import IPv4Address, IPv4Network
 
 from scapy.layers.inet import IP, TCP, UDP
@@ -90,6 +90,17 @@ class Rig:
         await self.path.stop()
         for end in (self.pods, self._tun, self._udp, self._icmp, self.peer):
             end.close()
+
+
+async def running(check: SourceCheck, icmp: socket.socket | None = None) -> AsyncIterator[Rig]:
+    """A rig that carries, with one route."""
+    made = Rig(check, icmp)
+    made.path.set_route(THEIRS, PEER)
+    made.path.start()
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 def packet(source: str, destination: str, payload: bytes = b"hello") -> bytes:

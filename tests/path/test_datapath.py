@@ -22,23 +22,13 @@ from dataplane.path import datapath, superframe, wire
 from dataplane.path.capability import EVERYTHING, Capability
 from dataplane.path.datapath import PathEvent, PathEventKind, SourceCheck
 from tests.namespaces import open_namespace
-from tests.path.rig import HEADER, LOCAL, OURS, PEER, THEIRS, Rig, packet, tcp_superframe
+from tests.path.rig import HEADER, LOCAL, OURS, PEER, THEIRS, Rig, packet, running, tcp_superframe
 
 
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
     async for made in running(SourceCheck.NODE):
         yield made
-
-
-async def running(check: SourceCheck, icmp: socket.socket | None = None) -> AsyncIterator[Rig]:
-    made = Rig(check, icmp)
-    made.path.set_route(THEIRS, PEER)
-    made.path.start()
-    try:
-        yield made
-    finally:
-        await made.close()
 
 
 async def test_a_packet_leaves_as_it_is_in_a_datagram(rig: Rig) -> None:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.path.rig import PEER, THEIRS, Rig, packet
+from dataplane.path.datapath import SourceCheck
+from tests.path.rig import Rig, packet, running
 
 BURSTS = 4
 BURST = 3000
@@ -17,11 +18,8 @@ TURN = 200
 
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
-    made = Rig()
-    made.path.set_route(THEIRS, PEER)
-    made.path.start()
-    yield made
-    await made.close()
+    async for made in running(SourceCheck.NODE):
+        yield made
 
 
 def tx_sleeps(rig: Rig) -> int:
