@@ -2,20 +2,9 @@ from typing import TypedDict
 
 from dataplane._fib import Fib
 from dataplane._tap import TapSet
+from dataplane.path.facts import PumpCounters
 
 MOST_SENDERS: int
-
-class PumpCounters(TypedDict):
-    packets: int
-    bytes: int
-    superframes: int
-    messages: int
-    calls: int
-    wakeups: int
-    icmp_errors: int
-    wrong_checksums: int
-    events_lost: int
-    drops: tuple[int, ...]
 
 class Counters(TypedDict):
     tx: PumpCounters

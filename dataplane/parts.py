@@ -162,7 +162,7 @@ def give_way(backend: Backend) -> None:
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
     from dataplane.backend.userspace import Tuning
     from dataplane.path.capability import EVERYTHING
-    from dataplane.path.datapath import SourceCheck
+    from dataplane.path.facts import SourceCheck
 
     return Tuning(
         SourceCheck[options.source_check.upper()],

@@ -21,9 +21,9 @@ FLOORS = {
         "lease.store",
         "lease.overlap",
         "path.capability",
+        "path.facts",
         "path.wire",
         "path.superframe",
-        "json_text",
     ],
     1: [
         "netconf",
@@ -42,6 +42,7 @@ FLOORS = {
         "kernel.rules",
         "kernel.steering",
         "kernel.packet_filter",
+        "path.routes",
         "debug.expression",
         "debug.pcapng",
         "debug.fields",

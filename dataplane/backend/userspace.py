@@ -30,8 +30,8 @@ from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun
 from dataplane.kernel.netlink import Netlink, quiet_ipv6, restrain_ipv6
 from dataplane.lease.model import LeaseEvent
 from dataplane.path.capability import Capability
-from dataplane.path.datapath import (
-    Datapath,
+from dataplane.path.datapath import Datapath, Tap
+from dataplane.path.facts import (
     IcmpSender,
     Outer,
     PathEvent,
@@ -39,7 +39,6 @@ from dataplane.path.datapath import (
     PathStatistics,
     RouteCounters,
     SourceCheck,
-    Tap,
     Vxlan,
 )
 

@@ -20,7 +20,8 @@ from dataplane.errors import KernelError
 from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
-from dataplane.path.datapath import Tap, Vxlan
+from dataplane.path.datapath import Tap
+from dataplane.path.facts import Vxlan
 from dataplane.path.wire import VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
 
 log = logging.getLogger(__name__)

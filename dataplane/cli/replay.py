@@ -58,7 +58,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay and print. Raises ConfigError."""
     from dataplane.debug import replay
-    from dataplane.path.datapath import SourceCheck
+    from dataplane.path.facts import SourceCheck
 
     if arguments.most < 0 or (arguments.port is not None and not 0 < arguments.port < 1 << 16):
         raise ConfigError("--most counts up from 0, --port from 1 to 65535")

@@ -16,7 +16,8 @@ from dataplane.debug.comparison import Address, Difference, Network, Record
 from dataplane.debug.reading import Pair
 from dataplane.errors import DropReason
 from dataplane.path import superframe, wire
-from dataplane.path.datapath import SourceCheck, Tap, Vxlan
+from dataplane.path.datapath import Tap
+from dataplane.path.facts import SourceCheck, Vxlan
 from dataplane.path.rehearsal import Message, OuterHeader, Rehearsal
 from dataplane.path.superframe import NEEDS_CSUM, VnetHeader
 

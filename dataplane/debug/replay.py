@@ -23,7 +23,7 @@ from dataplane.debug.pcapng import Statistics
 from dataplane.debug.reading import OVERLAY_PORTS, Pair
 from dataplane.debug.rehearsing import Actor, Facts, join_messages, join_segments
 from dataplane.errors import CaptureError, DropReason, KernelError
-from dataplane.path.datapath import SourceCheck
+from dataplane.path.facts import SourceCheck
 from dataplane.path.rehearsal import MOST_MESSAGES, MOST_SEGMENTS
 from dataplane.path.wire import UDP_PORT
 

@@ -2,8 +2,8 @@
 
 Free of leases and of how a device or socket came to be. The only importer of the compiled engine. Runs on an event
 loop, which never touches a packet. A device of several queues has an engine for each, with a socket, counters and rings
-of its own: the engines share the table, which never changes, and nothing that a pump writes. Invariant: every route has
-a counter slot of its own, and a slot is used again only after all pumps have left every table that names it.
+of its own: the engines share the table, which never changes, and nothing that a pump writes. Invariant: nothing that a
+pump may still use is freed, changed, or used for something else.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import asyncio
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING, Any, cast
+from ipaddress import ip_address
+from typing import Any, cast
 
 from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
@@ -28,9 +25,21 @@ from dataplane._offload import finished, segments
 from dataplane._tap import Tap, TapSet
 from dataplane.errors import DropReason, KernelError
 from dataplane.path.capability import Capability
-
-if TYPE_CHECKING:
-    from dataplane._engine import PumpCounters
+from dataplane.path.facts import (
+    Address,
+    IcmpSender,
+    Network,
+    Outer,
+    PathEvent,
+    PathEventKind,
+    PathStatistics,
+    PumpCounters,
+    RouteCounters,
+    SourceCheck,
+    Vxlan,
+    narrow,
+)
+from dataplane.path.routes import MAX_ROUTES, Routes
 
 GATHER_SECONDS = 0.01
 """How long changes are gathered before they are published together."""
@@ -39,8 +48,6 @@ SWEEP_SECONDS = 1.0
 """How often replaced tables are looked at, beside each publish."""
 
 STOP_SECONDS = 5.0
-MAX_ROUTES = 1 << 18
-"""Counter slots; memory that no peer uses is never touched."""
 
 GRACE_SECONDS = 1.0
 """How long `arm` waits for the pumps to leave the former taps, looking every LOOK_SECONDS."""
@@ -56,136 +63,10 @@ VXLAN_HEAD = 8 + 14
 # linux/in.h, linux/in6.h: not in Python's socket module before 3.14
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT, _IP_RECVTTL = 10, 0, 12
 
-__all__ = [
-    "Datapath",
-    "IcmpSender",
-    "Outer",
-    "PathEvent",
-    "PathEventKind",
-    "PathStatistics",
-    "RouteCounters",
-    "SourceCheck",
-    "Tap",
-    "Vxlan",
-    "finished",
-    "give_way_to_pumps",
-    "segments",
-    "wide",
-]
+__all__ = ["Datapath", "Tap", "finished", "give_way_to_pumps", "segments"]
 
 PATHS = 2
 """Paths that a tap may be armed in at once, each with as many queues as the engine's taps have rings for."""
-
-_CHANGE = struct.Struct("=16s16sIHBB6s2x")
-"""See dataplane._fib.Fib.updated."""
-
-_MAPPED = IPv6Network("::ffff:0:0/96")
-"""Where IPv4 lies in the path's tables (RFC 4291 section 2.5.5.2)."""
-
-
-class SourceCheck(IntEnum):
-    """How much of a datagram's claim is checked. Mirrors the CHECK_ constants of ext/dataplane/abi.pxd."""
-
-    OFF = 0
-    """Nothing, as flannel's udp backend."""
-    NODE = 1
-    """The outer source holds a lease; the inner source is in its subnet or is its public IP."""
-    STRICT = 2
-    """The outer source holds a lease; the inner source is in its subnet."""
-
-
-class PathEventKind(IntEnum):
-    """What the pumps report. Mirrors the EVENT_ constants of ext/dataplane/abi.pxd."""
-
-    DEVICE_GONE = 0
-    UNKNOWN_SOURCE = 1
-    SEND_FAILED = 2
-    TOO_LONG = 3
-    CAPABILITY_LOST = 4
-    SUPERFRAME = 5
-
-
-@dataclass(frozen=True, slots=True)
-class PathEvent:
-    """`address` is the outer address it is about; `value` an errno; a number of datagrams for UNKNOWN_SOURCE,
-    bytes of a datagram for TOO_LONG, a Capability for CAPABILITY_LOST, bytes of the packet for SUPERFRAME.
-    `queue`: whose pumps tell it; each counts by itself."""
-
-    kind: PathEventKind
-    address: IPv4Address | IPv6Address
-    value: int
-    queue: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RouteCounters:
-    """Inner packets and bytes to and from one peer; `*_last` in monotonic milliseconds, 0 for never."""
-
-    subnet: IPv4Network | IPv6Network
-    address: IPv4Address | IPv6Address
-    tx_packets: int
-    tx_bytes: int
-    tx_last: int
-    rx_packets: int
-    rx_bytes: int
-    rx_last: int
-
-
-@dataclass(frozen=True, slots=True)
-class PathStatistics:
-    """One reading of every counter. `drops` has every reason, also at 0."""
-
-    tx: PumpCounters
-    rx: PumpCounters
-    drops: dict[DropReason, int]
-    routes: tuple[RouteCounters, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Outer:
-    """The UDP sockets, as descriptors: where datagrams come in, and those that they leave by (none: the same one).
-
-    `port`: where peers listen. `further`: more sockets where datagrams come in, one for each further queue of the TUN;
-    they share the address and port of `receiver`.
-    """
-
-    receiver: int
-    port: int
-    senders: tuple[int, ...] = ()
-    further: tuple[int, ...] = ()
-
-    @property
-    def receivers(self) -> tuple[int, ...]:
-        return (self.receiver, *self.further)
-
-    def senders_of(self, queue: int) -> tuple[int, ...]:
-        """By which datagrams of a queue's packets leave."""
-        return self.senders or (self.receivers[queue],)
-
-
-@dataclass(frozen=True, slots=True)
-class IcmpSender:
-    """A raw socket that takes whole packets, and our address in the errors that leave by it."""
-
-    fd: int
-    source: IPv4Address | IPv6Address
-
-
-@dataclass(frozen=True, slots=True)
-class Vxlan:
-    """Packets travel in VXLAN frames: our network's number, our VTEP's MAC, and the one IP version inside."""
-
-    vni: int
-    mac: bytes
-    version: int
-
-
-@dataclass(slots=True)
-class _Route:
-    address: IPv4Address | IPv6Address
-    slot: int
-    mac: bytes
-    mtu: int = 0
 
 
 class Datapath:
@@ -243,12 +124,7 @@ class Datapath:
         ]
         self._on_event = on_event
         self._fib = Fib()
-        self._routes: dict[IPv4Network | IPv6Network, _Route] = {}
-        self._changes: dict[IPv4Network | IPv6Network, bytes] = {}
-        self._leaving_slots: list[int] = []
-        self._retired_slots: list[tuple[int, list[int]]] = []
-        self._free_slots: list[int] = []
-        self._next_slot = 0
+        self._routes = Routes()
         self._generation = 0
         self._threads: list[threading.Thread] = []
         self._publish_timer: asyncio.TimerHandle | None = None
@@ -267,49 +143,34 @@ class Datapath:
             self._loop.add_reader(engine.event_fd, self._read_events, queue)
         self._start_pumps()
 
-    def set_route(
-        self, subnet: IPv4Network | IPv6Network, address: IPv4Address | IPv6Address, mac: bytes = b""
-    ) -> None:
+    def set_route(self, subnet: Network, address: Address, mac: bytes = b"") -> None:
         """Packets for `subnet` go to the peer at `address`, in frames to `mac`. Raises KernelError where there is no
         room for a route, or the subnet lies where the path keeps IPv4."""
-        if subnet.version == 6 and subnet.subnet_of(_MAPPED):
-            raise KernelError(f"no route to {subnet}: IPv6 addresses in {_MAPPED} stand for IPv4 ones")
-        route = self._routes.get(subnet)
-        if route is None:
-            route = self._routes[subnet] = _Route(address, self._take_slot(subnet), mac)
-        if route.address != address:
-            route.address, route.mtu = address, 0
-        route.mac = mac
-        self._change(subnet, route)
+        self._routes.set(subnet, address, mac)
+        self._gather()
 
-    def set_path_mtu(self, address: IPv4Address | IPv6Address, mtu: int) -> None:
+    def set_path_mtu(self, address: Address, mtu: int) -> None:
         """Inner packets to the peer at `address` may have `mtu` bytes; 0 for as many as ours may have."""
-        for subnet, route in self._routes.items():
-            if route.address == address and route.mtu != mtu:
-                route.mtu = mtu
-                self._change(subnet, route)
+        self._routes.set_path_mtu(address, mtu)
+        self._gather()
 
-    def remove_route(self, subnet: IPv4Network | IPv6Network) -> None:
+    def remove_route(self, subnet: Network) -> None:
         """Packets for `subnet` have nowhere to go; a subnet that has no route is no error."""
-        route = self._routes.pop(subnet, None)
-        if route is not None:
-            self._leaving_slots.append(route.slot)
-            self._change(subnet, None)
+        self._routes.remove(subnet)
+        self._gather()
 
     def publish(self) -> None:
         """Give the pumps every gathered change now instead of within GATHER_SECONDS."""
         if self._publish_timer is not None:
             self._publish_timer.cancel()
             self._publish_timer = None
-        if not self._changes:
+        changes = self._routes.pending
+        if not changes:
             return
-        self._fib = self._fib.updated(b"".join(self._changes.values()))
-        self._changes.clear()
+        self._fib = self._fib.updated(changes)
         # all engines began with the same generation, and have had every new one together
         self._generation = max(engine.publish(self._fib) for engine in self._engines)
-        if self._leaving_slots:
-            self._retired_slots.append((self._generation, self._leaving_slots))
-            self._leaving_slots = []
+        self._routes.published(self._generation)
         self._sweep()
 
     async def arm(self, taps: Sequence[Tap], path: int = 0) -> None:
@@ -366,7 +227,7 @@ class Datapath:
             drops={reason: tx["drops"][reason] + rx["drops"][reason] for reason in DropReason},
             routes=tuple(
                 RouteCounters(subnet, route.address, *self._peer_counters(route.slot))
-                for subnet, route in self._routes.items()
+                for subnet, route in self._routes
             ),
         )
 
@@ -417,38 +278,17 @@ class Datapath:
             if thread.is_alive():
                 raise KernelError(f"the pump {thread.name} did not stop within {STOP_SECONDS:.0f} s")
 
-    def _change(self, subnet: IPv4Network | IPv6Network, route: _Route | None) -> None:
-        length = subnet.prefixlen + (96 if subnet.version == 4 else 0)
-        prefix = wide(subnet.network_address)
-        if route is None:
-            record = _CHANGE.pack(prefix, b"", 0, 0, length, True, b"")
-        else:
-            record = _CHANGE.pack(prefix, wide(route.address), route.slot, route.mtu, length, False, route.mac)
-        self._changes[subnet] = record
+    def _gather(self) -> None:
+        """Let what was changed be published soon, with what is changed until then."""
         if self._publish_timer is None and self._threads:
             self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
-
-    def _take_slot(self, subnet: IPv4Network | IPv6Network) -> int:
-        if self._free_slots:
-            slot = self._free_slots.pop()
-            for engine in self._engines:
-                engine.clear_slot(slot)
-            return slot
-        if self._next_slot == MAX_ROUTES:
-            raise KernelError(f"no room for a route to {subnet}: the path holds {MAX_ROUTES} routes already")
-        self._next_slot += 1
-        return self._next_slot - 1
 
     def _sweep(self) -> None:
         """Free the tables and slots that no pump uses any more; look again in a second where some are left."""
         oldest = self._oldest_generation()
-        kept = []
-        for generation, slots in self._retired_slots:
-            if generation <= oldest:
-                self._free_slots.extend(slots)
-            else:
-                kept.append((generation, slots))
-        self._retired_slots = kept
+        for slot in self._routes.free(oldest):
+            for engine in self._engines:
+                engine.clear_slot(slot)
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         busy = oldest < self._generation
@@ -468,7 +308,7 @@ class Datapath:
 
     def _read_events(self, queue: int) -> None:
         for kind, address, value in self._engines[queue].events():
-            self._on_event(PathEvent(PathEventKind(kind), _narrow(address), value, queue))
+            self._on_event(PathEvent(PathEventKind(kind), narrow(address), value, queue))
 
 
 def _checked(outer: Outer) -> Outer:
@@ -497,16 +337,6 @@ def _tell_outer_header(receiver: socket.socket) -> None:
     else:
         receiver.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
         receiver.setsockopt(socket.IPPROTO_IP, _IP_RECVTTL, 1)
-
-
-def wide(address: IPv4Address | IPv6Address) -> bytes:
-    """16 bytes, IPv4 as ::ffff:a.b.c.d."""
-    return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
-
-
-def _narrow(address: bytes) -> IPv4Address | IPv6Address:
-    wide = IPv6Address(address)
-    return wide.ipv4_mapped or wide
 
 
 def _without_signals(body: Callable[[], None]) -> None:

@@ -14,7 +14,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from dataplane._rehearsal import MOST_MESSAGES, receive, transmit
 from dataplane._tap import Tap, TapSet
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import VXLAN_HEAD, Datapath, Outer, PathEvent, SourceCheck, Vxlan, wide
+from dataplane.path.datapath import VXLAN_HEAD, Datapath
+from dataplane.path.facts import Outer, PathEvent, SourceCheck, Vxlan, wide
 from dataplane.path.superframe import VnetHeader
 
 MOST_SEGMENTS = 1024

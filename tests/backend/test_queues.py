@@ -23,7 +23,7 @@ from dataplane.backend.vxlan import VxlanBackend, VxlanWire
 from dataplane.kernel import tun
 from dataplane.kernel.netlink import Netlink
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import SourceCheck
+from dataplane.path.facts import SourceCheck
 from tests.backend.tunnels import NETWORKS, Node, Service, carries_everything, overlay, ping, tcp_roundtrip
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]

@@ -15,7 +15,7 @@ from dataplane.backend.userspace import Tuning
 from dataplane.errors import KernelError
 from dataplane.kernel.netlink import Netlink
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import PathEvent, PathEventKind, SourceCheck
+from dataplane.path.facts import PathEvent, PathEventKind, SourceCheck
 from tests.backend.tunnels import NETWORKS, Node, carries_everything, overlay, ping, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]

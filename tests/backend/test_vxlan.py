@@ -20,7 +20,7 @@ from dataplane.errors import KernelError
 from dataplane.kernel.netlink import Netlink
 from dataplane.lease.model import LeaseAttrs, LeaseEventKind
 from dataplane.path.capability import EVERYTHING, Capability
-from dataplane.path.datapath import SourceCheck
+from dataplane.path.facts import SourceCheck
 from tests.backend.tunnels import NETWORKS, Node, carries_everything, overlay, ping, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]

@@ -18,7 +18,7 @@ from dataplane.debug.comparison import Difference
 from dataplane.debug.reading import open_captures
 from dataplane.debug.replay import Replay, Tally, Wire
 from dataplane.path import superframe, wire
-from dataplane.path.datapath import SourceCheck
+from dataplane.path.facts import SourceCheck
 from tests.debug.replay_case import CASES, to_capture, to_text
 from tests.path.rig import tcp_superframe
 

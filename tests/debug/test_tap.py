@@ -19,7 +19,8 @@ from dataplane.debug.pcapng import INBOUND, OUTBOUND, Packet
 from dataplane.errors import DropReason
 from dataplane.path import superframe
 from dataplane.path.capability import EVERYTHING
-from dataplane.path.datapath import Datapath, Outer, SourceCheck, Tap, Vxlan
+from dataplane.path.datapath import Datapath, Tap
+from dataplane.path.facts import Outer, SourceCheck, Vxlan
 from tests.path.rig import LOCAL, PEER, THEIRS, Rig, packet, tcp_superframe
 
 REASONS = tuple(reason.name.encode() for reason in DropReason)

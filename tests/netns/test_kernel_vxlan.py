@@ -22,7 +22,8 @@ from scapy.layers import inet
 
 from dataplane.errors import DropReason
 from dataplane.kernel import underlay
-from dataplane.path.datapath import Datapath, Outer, SourceCheck, Vxlan
+from dataplane.path.datapath import Datapath
+from dataplane.path.facts import Outer, SourceCheck, Vxlan
 from dataplane.path.wire import FRAME_HEAD, UDP, checksum, pseudo_header
 from tests.namespaces import Namespace, open_namespace
 from tests.netns.kernel_vtep import (

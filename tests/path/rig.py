@@ -17,7 +17,8 @@ from dataplane.errors import DropReason
 from dataplane.kernel import underlay
 from dataplane.path import superframe
 from dataplane.path.capability import Capability
-from dataplane.path.datapath import Datapath, IcmpSender, Outer, PathEvent, SourceCheck
+from dataplane.path.datapath import Datapath
+from dataplane.path.facts import IcmpSender, Outer, PathEvent, SourceCheck
 
 HEADER = bytes(10)  # struct virtio_net_hdr with nothing asked for
 LOCAL = IPv4Address("127.0.0.1")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from dataplane.path.datapath import SourceCheck
+from dataplane.path.facts import SourceCheck
 from tests.path.rig import Rig, packet, running
 
 BURSTS = 4

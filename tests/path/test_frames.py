@@ -19,7 +19,8 @@ from scapy.layers.inet6 import IPv6
 from dataplane.errors import DropReason
 from dataplane.path import superframe, wire
 from dataplane.path.capability import EVERYTHING, Capability
-from dataplane.path.datapath import Datapath, Outer, PathEvent, PathEventKind, SourceCheck, Vxlan
+from dataplane.path.datapath import Datapath
+from dataplane.path.facts import Outer, PathEvent, PathEventKind, SourceCheck, Vxlan
 
 VNI, MTU = 7, 1450
 OURS, THEIRS = bytes.fromhex("0a0000000001"), bytes.fromhex("0a0000000002")

@@ -16,7 +16,8 @@ import pytest
 from scapy.layers.inet import IP, UDP
 
 from dataplane.errors import DropReason, KernelError
-from dataplane.path.datapath import Datapath, Outer, PathEvent, PathEventKind, SourceCheck, Tap
+from dataplane.path.datapath import Datapath, Tap
+from dataplane.path.facts import Outer, PathEvent, PathEventKind, SourceCheck
 from tests.debug.test_tap import drain, make_tap, matched
 
 QUEUES = 3
@@ -133,7 +134,7 @@ async def test_a_route_that_takes_the_place_of_another_counts_from_nothing(rig: 
         rig.path.remove_route(THEIRS)
         rig.path.publish()
         # every pump must have left the table before the slot is free
-        await until(lambda: rig.path._free_slots == [0])
+        await until(lambda: rig.path._routes._free == [0])
         rig.path.set_route(THEIRS, PEER)
         rig.path.publish()
         assert rig.counted() == (0, 0)
@@ -183,4 +184,4 @@ async def test_where_rings_find_no_memory_nothing_changes(rig: Rig) -> None:
     assert greedy.statistics == (0, 0, 0)
     rig.path.remove_route(THEIRS)
     rig.path.publish()
-    await until(lambda: rig.path._free_slots == [0])
+    await until(lambda: rig.path._routes._free == [0])
