@@ -14,16 +14,22 @@ VERSION = "1.0"
 LAB_SOCKETS = "/run/loden/*/n*/subnet.env.sock"
 DEFAULT = "loden"
 RAW_IP = 101
+OUTER = ("auto", "rebuilt", "wire")
 
 ARGUMENTS = (
     ("--control-socket", "Control socket", "string", "of a daemon that is not at the default place", ()),
     ("--direction", "Direction", "selector", "one direction only", ("both", "tx", "rx")),
     ("--drops", "Drops only", "boolflag", "only packets that were not carried", ()),
-    ("--peer", "Peer", "string", "outer address of the other node", ()),
+    ("--peer", "Peer", "string", "the other node: its name, public IP or subnet", ()),
     ("--subnet", "Subnet", "string", "inner addresses in this subnet", ()),
     ("--pod", "Pod", "string", "inner address of a pod", ()),
+    ("--proto", "Protocol", "string", "inner protocol: tcp, udp, icmp, 47", ()),
+    ("--port", "Port", "string", "inner TCP, UDP or SCTP port", ()),
     ("--snaplen", "Bytes of each packet", "unsigned", "all, if left out", ()),
+    ("--buffer", "Ring of each direction, MiB", "unsigned", "16, if left out", ()),
+    ("--outer", "Outer headers", "selector", "as they are on the wire, or rebuilt from what a UDP socket shows", OUTER),
 )
+PASSED_ON = ("--peer", "--subnet", "--pod", "--proto", "--port", "--buffer")
 
 SCRIPT = """\
 #!{python} -IS
@@ -45,7 +51,7 @@ def main(argv: list[str]) -> int:
     elif "--extcap-config" in given:
         print_lines(configuration())
     elif "--capture" in given or "--extcap-capture-filter" in given:
-        capture(given)
+        return capture(given)
     else:
         sys.stderr.write("this program is started by Wireshark; see `loden extcap --help`\n")
         return 1
@@ -90,20 +96,30 @@ def configuration() -> list[str]:
     return lines
 
 
-def capture(given: dict[str, str]) -> None:
-    """Become `loden capture`; without a place to write to, only check the filter."""
-    text = given.get("--extcap-capture-filter", "")
-    words = ["capture", "--quiet"]
-    words += ["-w", given["--fifo"]] if "--capture" in given else ["--check"]
-    words += [f"--control-socket={given.get('--control-socket') or socket_of(given.get('--extcap-interface', ''))}"]
-    words += [f"{name}={given[name]}" for name in ("--peer", "--subnet", "--pod") if given.get(name)]
-    words += ["-s", given["--snaplen"]] if given.get("--snaplen") else []
-    words += ["--drops"] if given.get("--drops", "false") != "false" or given.get("--drops") == "" else []
-    direction = given.get("--direction", "both")
-    words += [f"--{direction}"] if direction in ("tx", "rx") else []
-    words += ["--", text] if text else []
+def capture(given: dict[str, str]) -> int:
+    """Become `loden capture`; without a place to write to, say what is wrong with the filter. Wireshark takes a filter
+    for good if nothing is printed, and shows the first line that is."""
     # without -S: the packages are needed now
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "dataplane.cli", *words])  # noqa: S606 - in place of ourselves
+    command = [sys.executable, "-P", "-m", "dataplane.cli", "capture", *words_of(given)]
+    if "--capture" in given:
+        os.execv(sys.executable, command)  # noqa: S606 - in place of ourselves
+    to_output = [(os.POSIX_SPAWN_DUP2, 1, 2)]
+    os.waitpid(os.posix_spawn(sys.executable, command, os.environ, file_actions=to_output), 0)
+    return 0
+
+
+def words_of(given: dict[str, str]) -> list[str]:
+    """The command line of `loden capture` that means the same."""
+    words = ["--quiet", *(["-w", given["--fifo"]] if "--capture" in given else ["--check"])]
+    words += [f"--control-socket={given.get('--control-socket') or socket_of(given.get('--extcap-interface', ''))}"]
+    words += [f"{name}={given[name]}" for name in PASSED_ON if given.get(name)]
+    words += ["-s", given["--snaplen"]] if given.get("--snaplen") else []
+    words += ["--drops"] if given.get("--drops", "false") != "false" else []
+    direction, outer = given.get("--direction"), given.get("--outer")
+    words += [f"--{direction}"] if direction in ("tx", "rx") else []
+    words += [f"--outer={outer}"] if outer in OUTER[1:] else []
+    text = given.get("--extcap-capture-filter", "")
+    return [*words, "--", text] if text else words
 
 
 def socket_of(interface: str) -> str:

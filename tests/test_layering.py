@@ -46,6 +46,7 @@ FLOORS = {
         "debug.expression",
         "debug.pcapng",
         "debug.fields",
+        "debug.peers",
         "debug.scene",
         "debug.source",
     ],

@@ -7,6 +7,9 @@ in order, so that the file is whole and has its statistics.
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import os
 import signal
 import socket
 import sys
@@ -69,7 +72,7 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tx", action="store_true", help="only from the overlay to the underlay")
     parser.add_argument("--rx", action="store_true", help="only from the underlay to the overlay")
     parser.add_argument("--drops", action="store_true", help="only packets that were not carried")
-    parser.add_argument("--peer", default="", metavar="ADDRESS", help="outer address of the other node")
+    parser.add_argument("--peer", default="", metavar="NODE", help="the other node: its name, public IP or subnet")
     parser.add_argument("--subnet", default="", metavar="CIDR", help="inner address in this subnet")
     parser.add_argument("--pod", default="", metavar="ADDRESS", help="inner address of a pod")
     parser.add_argument("--proto", default="", metavar="NAME|N", help="inner protocol: tcp, udp, icmp, 47")
@@ -86,19 +89,15 @@ def filter_text(arguments: argparse.Namespace) -> str:
         terms = []
     if arguments.drops:
         terms.append("drop")
-    for option, word, check in (
-        ("peer", "peer", ip_address),
-        ("subnet", "net", ip_network),
-        ("pod", "host", ip_address),
-    ):
+    for option, word, check in (("subnet", "net", ip_network), ("pod", "host", ip_address)):
         if text := getattr(arguments, option):
             try:
                 terms.append(f"{word} {check(text)}")
             except ValueError as error:
                 raise ConfigError(f"--{option}: {error}") from None
-    for option, word in (("proto", "proto"), ("port", "port")):
+    for option in ("peer", "proto", "port"):
         if text := getattr(arguments, option):
-            terms.append(f"{word} {text}" if word == "port" or text not in ("icmp", "icmp6") else text)
+            terms.append(_alone(option, text))
     own = " ".join(arguments.expression)
     expression.compile_filter(expression.parse(own))
     if own:
@@ -108,8 +107,24 @@ def filter_text(arguments: argparse.Namespace) -> str:
     return text
 
 
+def _alone(option: str, text: str) -> str:
+    """An option's value as a primitive of the expression. Raises ConfigError that names the option."""
+    from dataplane.debug import expression
+
+    term = text if option == "proto" and text in ("icmp", "icmp6") else f"{option} {text}"
+    if len(text.split()) != 1:
+        raise ConfigError(f"--{option} takes one word, not {text!r}; an expression behind the options takes more")
+    try:
+        expression.parse(term)
+    except ConfigError as error:
+        said = str(error).partition("\n")[0].removeprefix("filter: ")
+        raise ConfigError(f"--{option} {text}: {said}") from None
+    return term
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Capture as the words say. Raises LodenError."""
+    atexit.register(_release, arguments.file)  # once an error is told: tshark reads no further than the pipe's end
     order: dict[str, Any] = {"filter": filter_text(arguments), "count": arguments.count, "ring_mib": arguments.buffer}
     if arguments.snaplen is not None:
         order["snaplen"] = arguments.snaplen
@@ -122,6 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
     rotating = arguments.rotate_size or arguments.rotate_time
     if (rotating or arguments.keep) and arguments.file in (None, "-"):
         raise ConfigError("--rotate-size, --rotate-time and --keep need a file: -w FILE")
+    if arguments.keep < 0:
+        raise ConfigError(f"--keep {arguments.keep}: a number of files, from 0 for all")
     if arguments.json and arguments.file:
         raise ConfigError("--json is another form of the lines: leave -w out")
     if arguments.file == "-" and sys.stdout.isatty():
@@ -133,6 +150,13 @@ def run(arguments: argparse.Namespace) -> int:
         with connection.makefile("rb") as stream:
             statistics = _receive(stream, arguments)
     return _summary(statistics, quiet=arguments.quiet)
+
+
+def _release(name: str | None) -> None:
+    """Whoever waits at a named pipe for a capture that has come to nothing, as tshark does, waits no longer."""
+    if name is not None and Path(name).is_fifo():
+        with contextlib.suppress(OSError):
+            os.close(os.open(name, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def _receive(stream: BufferedReader, arguments: argparse.Namespace) -> list[Statistics]:

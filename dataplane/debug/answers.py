@@ -7,11 +7,13 @@ there is a store, a lease or a backend.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 from dataplane import __version__
@@ -19,15 +21,18 @@ from dataplane.backend.base import Backend, Tappable, Underlay
 from dataplane.debug import explain, metrics, status
 from dataplane.debug.capture import Captures, Order, Place
 from dataplane.debug.control import Stream, Verb
+from dataplane.debug.peers import Peer, Peers
 from dataplane.debug.scene import Scene, Tunnel, Way
 from dataplane.debug.verdict import Node
 from dataplane.debug.wiretap import Wiretap
 from dataplane.errors import CaptureError, LodenError
 from dataplane.kernel import view
 from dataplane.lease.keeper import LeaseKeeper
+from dataplane.lease.model import Lease
 from dataplane.netconf import BackendConfig, HostGwConfig, NetworkConfig, UdpConfig, VxlanConfig
 
 READ_SECONDS = 5.0
+HOSTS = Path("/etc/hosts")
 NOTHING_YET = "this node has no network yet: `loden status` and the daemon's log say what it waits for"
 
 
@@ -166,8 +171,21 @@ class Answers:
             ways=tuple(Way(p.subnet, p.public_ip, p.direct or routed) for p in backend.peers),
         )
 
-    def _peers(self) -> list[str]:
-        return [peer["public_ip"] for peer in self.status().get("peers", [])]
+    def _peers(self) -> Peers:
+        keeper = self._parts.keeper if self._parts else None
+        if keeper is None:
+            return Peers(())
+        hosts = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            hosts = HOSTS.read_text()
+        peers = [Peer(lease.key.subnets, _addresses(lease)) for lease in keeper.peers.values()]
+        return Peers(peers, hosts, _addresses(keeper.own) if keeper.own else ())
+
+
+def _addresses(lease: Lease) -> tuple[IPv4Address | IPv6Address, ...]:
+    """At which the node of a lease is reached; one without IPv4 has 0.0.0.0 there."""
+    both = (lease.attrs.public_ip, lease.attrs.public_ipv6)
+    return tuple(address for address in both if address is not None and int(address))
 
 
 def _tunnel(config: BackendConfig) -> Tunnel | None:

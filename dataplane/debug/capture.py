@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from dataplane import __version__
 from dataplane.backend.base import Tappable
 from dataplane.debug import expression, pcapng
+from dataplane.debug.peers import Peers
 from dataplane.debug.source import Account, Face, Source, ending
 from dataplane.errors import CaptureError, DropReason
 from dataplane.path.datapath import Tap
@@ -99,10 +99,9 @@ class Captures:
     """All captures of one daemon."""
 
     def __init__(
-        self, backend: Tappable | None, listen: Listen, place: Callable[[], Place], peers: Callable[[], list[str]]
+        self, backend: Tappable | None, listen: Listen, place: Callable[[], Place], peers: Callable[[], Peers]
     ) -> None:
-        """`backend`: None where the kernel carries the packets. `place` and `peers` (outer addresses) are asked when a
-        capture begins."""
+        """`backend`: None where the kernel carries the packets. `place` and `peers` are asked when a capture begins."""
         self._backend = backend
         self._listen = listen
         self._place = place
@@ -122,11 +121,11 @@ class Captures:
         can go wrong with the order any more. Raises CaptureError, and KernelError where the rings find no memory."""
         if len(self._sources) == MOST_CAPTURES:
             raise CaptureError(f"{MOST_CAPTURES} captures are running already; end one of them")
-        names = host_names([ip_address(peer) for peer in self._peers()])
-        source = self._source(order, names)
+        peers = self._peers()
+        source = self._source(order, peers)
         self._sources[source] = False
         try:
-            head = header(self._place(), order, names, source.faces)
+            head = header(self._place(), order, peers.names, source.faces)
             await self._send(source, order, client, head, begin, stop)
         finally:
             del self._sources[source]
@@ -153,9 +152,9 @@ class Captures:
             if drain is not None:
                 await drain.finish()
 
-    def _source(self, order: Order, names: Mapping[IPv4Address | IPv6Address, str]) -> Source:
-        """Where the packets of an order come from. Raises CaptureError."""
-        node = expression.parse(order.filter)
+    def _source(self, order: Order, peers: Peers) -> Source:
+        """Where the packets of an order come from. Raises CaptureError, and ConfigError of the filter."""
+        node, names = expression.parse(order.filter, peers.find), peers.names
         program = expression.compile_filter(node)
         ring = 1 << (order.ring_mib << 20).bit_length() - 1
         if self._backend is not None and order.outer != WIRE:
@@ -338,16 +337,3 @@ def header(
             pcapng.names(names),
         )
     )
-
-
-def host_names(addresses: list[IPv4Address | IPv6Address]) -> dict[IPv4Address | IPv6Address, str]:
-    """What /etc/hosts calls these addresses. No name server is asked: that would be traffic of our own."""
-    wanted = set(addresses)
-    found: dict[IPv4Address | IPv6Address, str] = {}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in Path("/etc/hosts").read_text().splitlines():
-            words = line.partition("#")[0].split()
-            with contextlib.suppress(ValueError):
-                if len(words) > 1 and (address := ip_address(words[0])) in wanted:
-                    found.setdefault(address, words[1])
-    return found

@@ -8,7 +8,7 @@ both, of the inner packet (tests/debug/test_expression.py asks tcpdump).
     factor     = ("not" | "!") factor | "(" expression ")" | primitive
     primitive  = [ip | ip6 | tcp | udp | sctp] [src | dst | src or dst] ([host] A | net N/L | port P | portrange P-P)
                | ip | ip6 | tcp | udp | sctp | icmp | icmp6 | [ip | ip6] proto N | less N | greater N
-               | tx | rx | peer A | vni N | drop [REASON]
+               | tx | rx | peer NODE | vni N | drop [REASON]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -31,6 +31,7 @@ MOST_LENGTH = 0xFFFFFFFF
 
 _TEST = struct.Struct("=BBBBHHII16s")
 _TOKEN = re.compile(r"\s*(\(|\)|!(?!=)|&&|\|\||[^\s()!&|]+|\S)")
+_NODE = re.compile(r"[\w.:/-]+")
 _PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 _WORDS = (
     *("and", "or", "not", "src", "dst", "host", "net", "port", "portrange", "proto", "less", "greater", "ip", "ip6"),
@@ -91,6 +92,9 @@ class Not:
 
 Node = Test | All | Some | Not
 
+Find = Callable[[str], Iterable[IPv4Address | IPv6Address]]
+"""The outer addresses of the node that a word means. Raises ConfigError that lists who there is."""
+
 
 def compile_filter(node: Node) -> bytes:
     """The program of a filter. Raises ConfigError where it is too long."""
@@ -135,9 +139,14 @@ def asks(node: Node, kind: Kind) -> bool:
     return any(asks(part, kind) for part in ((node.part,) if isinstance(node, Not) else node.parts))
 
 
-def parse(text: str) -> Node:
+def unnamed(word: str) -> Iterable[IPv4Address | IPv6Address]:
+    """Where nobody knows the nodes: an address is one, and any other word stands for one that sends nothing."""
+    return (ip_address(word) if _is_address(word) else IPv4Address(0),)
+
+
+def parse(text: str, find: Find = unnamed) -> Node:
     """Read an expression; an empty one matches everything. Raises ConfigError that points at the word."""
-    reader = _Reader(text)
+    reader = _Reader(text, find)
     node = reader.expression() if reader.word else All(())
     if reader.word is not None:
         raise reader.error("expected `and`, `or` or the end")
@@ -171,8 +180,9 @@ def protocol(number: int) -> Test:
 class _Reader:
     """Recursive descent over the words of one text."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, find: Find) -> None:
         self._text = text
+        self._find = find
         self._words = [(match[1], match.start(1)) for match in _TOKEN.finditer(text)]
         self._at = 0
         self._depth = 0
@@ -231,7 +241,7 @@ class _Reader:
         if word == "drop":
             return self._drop()
         if word == "peer":
-            return Test(Kind.PEER, network=ip_network(self._address()))
+            return self._peer()
         if word == "vni":
             return Test(Kind.VNI, self._number(0xFFFFFF))
         if word in ("less", "greater"):
@@ -288,6 +298,15 @@ class _Reader:
         if _is_address(kind):  # a bare address is a host, as behind `host A or` in tcpdump
             return net(ip_network(kind), ends)
         raise self.error(f"unknown word {kind!r}{_near(kind)}", back=1)
+
+    def _peer(self) -> Node:
+        word = self.take()
+        if word is None or word in _WORDS or not _NODE.fullmatch(word):
+            raise self.error("expected a node: its name, public IP or subnet", back=word is not None)
+        try:
+            return Some(tuple(peer(address) for address in self._find(word)))
+        except ConfigError as error:
+            raise self.error(str(error), back=1) from None
 
     def _address(self) -> IPv4Address | IPv6Address:
         word = self.take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
 
 from dataplane import extcap
+from dataplane.cli import capture
 from dataplane.debug import pcapng
 from tests.netns.conftest import MakeLab, make_lab
 from tests.netns.observing import status_of, until
@@ -74,11 +76,17 @@ def test_the_answer_needs_no_package(home: dict[str, str]) -> None:
     assert not heavy & set(done.stderr.split())
 
 
-@pytest.mark.parametrize(("text", "good"), [("tcp port 80", True), ("hots 10.1.1.1", False), ("", True)])
-def test_a_capture_filter_is_checked_before_a_capture(home: dict[str, str], text: str, good: bool) -> None:
-    done = ask(home, "--extcap-interface", "loden", "--extcap-capture-filter", text)
-    assert (done.returncode == 0) is good
-    assert ("did you mean" in done.stderr) is not good
+@pytest.mark.parametrize(
+    ("text", "said"), [("tcp port 80", ""), ("hots 10.1.1.1", "did you mean `host`?"), ("", ""), ("peer node-b", "")]
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_capture_filter_is_checked_before_a_capture(home: dict[str, str], text: str, said: str, joined: bool) -> None:
+    """As Wireshark's extcap.c reads it: code 0, nothing printed if the filter is good, else what is wrong in a line."""
+    words = [f"--extcap-capture-filter={text}"] if joined else ["--extcap-capture-filter", text]
+    done = ask(home, "--extcap-interface", "loden", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout.partition("\n")[0]
+    assert bool(done.stdout) is bool(said)
 
 
 def test_by_hand_it_says_who_starts_it(home: dict[str, str]) -> None:
@@ -90,11 +98,36 @@ def test_by_hand_it_says_who_starts_it(home: dict[str, str]) -> None:
 def test_a_capture_becomes_loden_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that takes its place is looked at, not started."""
     argv: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda _path, words: argv.extend(words))
+
+    def become(_path: str, words: list[str]) -> None:
+        argv.extend(words)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", become)
     words = "--capture --extcap-interface loden --fifo /tmp/f --drops true --direction rx --snaplen 128 --pod=10.1.1.1"
-    extcap.main([*words.split(), "--extcap-capture-filter", "tcp port 80"])
+    with pytest.raises(SystemExit):
+        extcap.main([*words.split(), "--outer", "wire", "--extcap-capture-filter", "tcp port 80"])
     said = " ".join(argv[4:])
-    assert said == ("capture --quiet -w /tmp/f --control-socket= --pod=10.1.1.1 -s 128 --drops --rx -- tcp port 80")
+    wanted = (
+        "capture --quiet -w /tmp/f --control-socket= --pod=10.1.1.1 -s 128 --drops --rx --outer=wire -- tcp port 80"
+    )
+    assert said == wanted
+
+
+NOT_ASKED = {"--help", "-w", "-c", "--for", "--rotate-size", "--rotate-time", "--keep", "--json", "--quiet", "--check"}
+"""Of `loden capture`: what Wireshark does itself (files, counts, times), or what is for a terminal."""
+OTHERWISE = {"--tx": "--direction", "--rx": "--direction", "-s": "--snaplen", "--subnet-file": "--control-socket"}
+
+
+def test_the_dialogue_has_every_option_of_the_command_line() -> None:
+    verbs = argparse.ArgumentParser().add_subparsers()
+    capture.add(verbs)
+    options = {action.option_strings[-1] for action in verbs.choices["capture"]._actions if action.option_strings}
+    dialogue = {call for call, *_ in extcap.ARGUMENTS}
+    assert {OTHERWISE.get(option, option) for option in options - NOT_ASKED} == dialogue
+    for call in dialogue:
+        changed = extcap.words_of({call: "wire" if call == "--outer" else "rx"})
+        assert changed != extcap.words_of({}), f"{call} does nothing"
 
 
 def test_installing_twice_changes_nothing_and_strangers_files_stay(home: dict[str, str]) -> None:
@@ -136,15 +169,28 @@ def test_the_dissectors_see_through_our_datagrams(
 
 
 @pytest.mark.netns
-def test_tshark_captures_live(home: dict[str, str], make_lab: MakeLab) -> None:
+def test_a_capture_that_cannot_be_ends_tshark_with_the_reason(home: dict[str, str], make_lab: MakeLab) -> None:
+    """It waits at the pipe that it made until somebody has opened that."""
+    interface = f"loden-{make_lab(1).name}-n1"
+    for text, said in (("hots 10.1.1.1", "unknown word 'hots'"), ("peer node-b", "no other node is called 'node-b'")):
+        done = tshark(home, "-i", interface, "-f", text, "-c", "1")
+        assert done.returncode != 0
+        assert said in done.stderr
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("wire", [False, True])
+def test_tshark_captures_live(home: dict[str, str], make_lab: MakeLab, wire: bool) -> None:
     lab = make_lab(2)
     argv = ["tshark", "-l", "-i", f"loden-{lab.name}-n1", "-f", "icmp", "-c", "4"]
-    argv += ["-T", "fields", "-e", "frame.interface_name", "-e", "frame.comment"]
+    argv += ["-o", f"extcap.loden_{lab.name}_n1.outer:wire"] if wire else []
+    argv += ["-T", "fields", "-e", "frame.interface_name", "-e", "frame.protocols"]
     with subprocess.Popen(argv, env=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         until("the capture runs", lambda: status_of(lab.node("n1"))["captures"], seconds=60)
         lab.ping("n1-p1", "n2-p1", count=2)
         output, _ = run.communicate(timeout=60)
     assert [line.split("\t")[0] for line in output.splitlines()] == ["overlay", "underlay", "underlay", "overlay"]
+    assert output.count("eth:ethertype") == (2 if wire else 0)
     end = time.monotonic() + 20
     while status_of(lab.node("n1"))["captures"]:
         assert time.monotonic() < end, "the capture ends with tshark"
