@@ -43,7 +43,10 @@ _HINTS = {
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
-        "status", help="this node: lease, peers, rates, drops by reason", description="What this node's daemon knows."
+        "status",
+        help="this node: lease, peers, rates, drops by reason",
+        description="What this node's daemon knows.",
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="everything that the daemon tells")
     parser.add_argument("--watch", action="store_true", help="once a second, with rates, until Ctrl-C")
@@ -58,12 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     path = asking.socket_path(arguments)
     document = control.request(path, "status")
     if arguments.watch:
-        _watch(path, document)
+        _watch(path, document, as_json=arguments.json)
     print(json.dumps(document, indent=2) if arguments.json else page(document))
     return 0 if document["ready"] else 1
 
 
-def _watch(path: str, document: dict[str, Any]) -> None:
+def _watch(path: str, document: dict[str, Any], *, as_json: bool) -> None:
     from dataplane.debug import control
 
     clear = CLEAR if sys.stdout.isatty() else ""
@@ -71,26 +74,26 @@ def _watch(path: str, document: dict[str, Any]) -> None:
     while True:
         time.sleep(WATCH_SECONDS)
         later, now = control.request(path, "status"), time.monotonic()
-        print(f"{clear}{page(later, document, now - at)}\n", flush=True)
+        shown = json.dumps(later) if as_json else f"{clear}{page(later, document, now - at)}\n"
+        print(shown, flush=True)
         document, at = later, now
 
 
 def page(document: dict[str, Any], before: dict[str, Any] | None = None, seconds: float = 1.0) -> str:
     """What a person reads; with rates where an earlier document is given, `seconds` older."""
     lines = [*_node_lines(document), "", _peer_table(document, before, seconds)]
-    lines += _trouble_lines(document)
+    lines += _trouble_lines(document, before, seconds)
     return "\n".join(lines)
 
 
 def _node_lines(document: dict[str, Any]) -> list[str]:
     lease = document.get("lease")
     state = "ready" if document["ready"] else "not ready"
-    kind = f"{document['backend']} through {document['device'] or 'no device'}" if "backend" in document else "none yet"
     rows = [
         ("daemon", f"{state}, pid {document['pid']}, Loden {document['version']}"),
         ("store", document["store"] or "none yet"),
-        ("lease", f"{lease['subnet']} at {lease['public_ip']}{_lease_notes(lease)}" if lease else "none yet"),
-        ("backend", f"{kind}, MTU {document['mtu']}" if "mtu" in document else kind),
+        ("lease", _lease_text(lease) if lease else "none yet"),
+        ("backend", _backend_text(document) if "backend" in document else "none yet"),
     ]
     if repairs := document.get("repairs"):
         rows.append(("repairs", f"{repairs}: what others took away or changed was put right"))
@@ -105,8 +108,21 @@ def _node_lines(document: dict[str, Any]) -> list[str]:
     return [f"{name:<14}{text}" for name, text in rows]
 
 
-def _lease_notes(lease: dict[str, Any]) -> str:
-    return (", reserved" if lease["reserved"] else "") + (", FENCED: another node holds it" if lease["fenced"] else "")
+def _lease_text(lease: dict[str, Any]) -> str:
+    """Of a family that the node does not have, the subnet is null."""
+    families = ((lease["subnet"], lease["public_ip"]), (lease["subnet_v6"], lease["public_ipv6"]))
+    held = [f"{subnet} at {address or lease['public_ip']}" for subnet, address in families if subnet]
+    notes = (", reserved" if lease["reserved"] else "", ", FENCED: another node holds it" if lease["fenced"] else "")
+    return " and ".join(held) + "".join(notes)
+
+
+def _backend_text(document: dict[str, Any]) -> str:
+    if document["dataplane"] == "none":
+        return f"{document['backend']}: a lease and a subnet file, and no packets"
+    place = "the kernel" if document["dataplane"] == "kernel" else "userspace"
+    devices = document["device"].split()
+    through = f" through {' and '.join(devices)}" if devices else ""
+    return f"{document['backend']} in {place}{through}, MTU {document['mtu']}"
 
 
 def _peer_table(document: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> str:
@@ -125,7 +141,9 @@ def _peer_table(document: dict[str, Any], before: dict[str, Any] | None, seconds
         counts = [peer[key] for key in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes")]
         if before is not None:
             counts = _rates(peer, earlier.get(peer["subnet"], peer), seconds)
-        rows.append((peer["subnet"], peer["public_ip"], _heard(peer["idle"]), *counts))
+        place = f"{peer['public_ip']}{' direct' if peer['direct'] else ''}"
+        ours = peer["counted"] and not peer["direct"]  # else they pass the kernel alone, which does not count by peer
+        rows.append((peer["subnet"], place, *((_heard(peer["idle"]), *counts) if ours else ["-"] * 5)))
     return table(header, rows)
 
 
@@ -144,13 +162,15 @@ def _heard(idle: float | None) -> str:
     return "now" if idle < 2 else f"{idle:.0f} s ago" if idle < 120 else f"{idle / 60:.0f} min ago"
 
 
-def _trouble_lines(document: dict[str, Any]) -> list[str]:
+def _trouble_lines(document: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> list[str]:
     """Whatever is not as it should be, each with what to do; nothing where all is well."""
     lines = []
-    counts = {**document.get("drops", {}), **document.get("udp_errors", {})}
+    counts = _not_carried(document)
+    earlier = counts if before is None else _not_carried(before)
     for name, count in counts.items():
         if count:
-            lines.append(f"{name:<16}{count:>10}  {_HINTS.get(name, '')}".rstrip())
+            rate = "" if before is None else f"{max(count - earlier.get(name, count), 0) / seconds:>10.0f}/s"
+            lines.append(f"{name:<16}{count:>10}{rate}  {_HINTS.get(name, '')}".rstrip())
     if lines:
         lines.insert(0, "\nnot carried")
     for address, count in document.get("unknown_sources", {}).items():
@@ -161,3 +181,7 @@ def _trouble_lines(document: dict[str, Any]) -> list[str]:
     for key, reason in document.get("rejected", {}).items():
         lines.append(f"\nlease {key} is not obeyed: {reason}")
     return lines
+
+
+def _not_carried(document: dict[str, Any]) -> dict[str, int]:
+    return {**document.get("drops", {}), **document.get("udp_errors", {})}

@@ -16,6 +16,7 @@ from dataplane.debug.verdict import (
     Address,
     Node,
     Probes,
+    has_device,
     judge,
     public_of,
     status_of,
@@ -37,14 +38,15 @@ def explain(address: Address, read: Callable[[], Node], *, probing: bool) -> Acc
         # of a node's own address, what is asked is the way to its subnet
         address = address if any(address in each for each in lease.key.subnets) else subnet_of(lease, address)[0]
         _look_at_node(account, node)
-        _look_at_device(account, node, address)
+        _look_at_way(account, node, lease, public)
+        _look_at_device(account, node, address, public)
         _look_at_underlay(account, node, public)
         if node.status.type == "vxlan":
             _look_at_vxlan(account, node, lease, address)
         _look_at_rules(account, node, public)
         _look_at_counters(account, node, lease)
         if probing and node.own is not None:
-            account.probes = _probe(node, read, lease, address, public)
+            account.probes = _probe(account, node, read, lease, address, public)
     judge(account, node, lease)
     return account
 
@@ -131,7 +133,7 @@ def _look_at_node(account: Account, node: Node) -> None:
     if node.own is None:
         account.say("own lease", "none yet", "this node has no lease of its own yet", "loden status")
         return
-    text = f"{node.own.key} at {node.own.attrs.public_ip}"
+    text = f"{node.own.key} at {public_of(node.own, account.address)}"
     if node.fenced:
         fault = f"another node has taken our lease {node.own.key}: answers to our pods go there"
         account.say("own lease", text, fault, _listing(node))
@@ -139,18 +141,30 @@ def _look_at_node(account: Account, node: Node) -> None:
         account.say("own lease", text)
 
 
-def _look_at_device(account: Account, node: Node, address: Address) -> None:
-    name, mtu = device_of(node, address), _most(node, address)
-    if not name:
-        account.say("device", "none: packets leave by the node's own routes")
+def _look_at_way(account: Account, node: Node, lease: Lease, public: Address) -> None:
+    """Who carries the packets, and in what."""
+    peer, status = status_of(node, lease, account.address), node.status
+    account.direct = not has_device(node) or (peer is not None and peer.direct)
+    if account.direct:
+        account.say("way", "direct: as they are, by the underlay's own routes")
     else:
+        who = "kernel: the kernel" if status.dataplane == "kernel" else "encap: this daemon"
+        account.say("way", f"{who} sends them inside {status.type} to {public} port {node.port}")
+
+
+def _look_at_device(account: Account, node: Node, address: Address, public: Address) -> None:
+    name, mtu = device_of(node, address), _most(node, address)
+    if not account.direct:
         device = view.device(name)
         account.say("device", _device_text(name, device), *_device_fault(device, name, mtu))
     way = view.way_to(address)
     fault = command = None
     if way.error:
         fault, command = f"there is no route to {address}: {way.error}", _route_command(address)
-    elif name and way.device != name and not _direct(node):
+    elif account.direct and node.status.type != "alloc" and way.gateway != str(public):
+        fault = f"the route to {address} leads {_hop_text(way)}, not to the node {public}"
+        command = _route_command(address)
+    elif not account.direct and way.device != name:
         fault = f"the route to {address} leads to {way.device}, not into {name}"
         command = _route_command(address)
     account.say("route", _way_text(way), fault, command or "")
@@ -168,19 +182,15 @@ def _most(node: Node, address: Address) -> int:
     return node.status.mtu + (VXLAN_OVERHEAD_V6 - VXLAN_OVERHEAD if both and address.version == 4 else 0)
 
 
-def _direct(node: Node) -> bool:
-    return node.status.type in ("host-gw", "alloc")
-
-
 def _device_text(name: str, device: Device | None) -> str:
     if device is None:
-        return f"{name} does not exist"
+        return f"{name} does not exist" if name else "none now"
     return f"{name}, MTU {device.mtu}, {'up' if device.up else 'down'}"
 
 
 def _device_fault(device: Device | None, name: str, mtu: int) -> tuple[str | None, str]:
     if device is None:
-        return f"device {name} is gone", "journalctl -u flanneld   # the daemon makes it again"
+        return f"device {name or 'of the overlay'} is gone", "journalctl -u flanneld   # the daemon makes it again"
     if not device.up:
         return f"device {name} is down", f"ip link set {name} up"
     if device.mtu > mtu:
@@ -267,18 +277,22 @@ def _look_at_counters(account: Account, node: Node, lease: Lease) -> None:
     if peer is None:
         return
     heard = "never heard" if peer.idle is None else f"heard {peer.idle:.0f} s ago"
-    account.say("counters", f"TX {peer.tx_packets} packets, RX {peer.rx_packets} packets, {heard}")
+    text = f"TX {peer.tx_packets} packets, RX {peer.rx_packets} packets, {heard}"
+    if not peer.counted or account.direct:
+        text = "none: they pass the kernel alone, which does not count by peer"
+    account.say("counters", text)
 
 
 # --- probes ---------------------------------------------------------------------------------------------------
 
 
-def _probe(node: Node, read: Callable[[], Node], lease: Lease, address: Address, public: Address) -> Probes:
-    own = subnet_of(node.own, address).network_address if node.own else None
-    there = subnet_of(lease, address).network_address
+def _probe(
+    account: Account, node: Node, read: Callable[[], Node], lease: Lease, address: Address, public: Address
+) -> Probes:
+    own, there = _inner_ends(node, lease, address)
     before, errors = read(), view.udp_errors()
     small, large, outer = probe.echo([Echo(there, SMALL, own), Echo(there, node.status.mtu, own), Echo(public, SMALL)])
-    poke = "not sent" if small.received or not node.port else probe.poke(public, node.port)
+    poke = "not sent" if small.received or account.direct else probe.poke(public, node.port)
     after, risen = read(), view.udp_errors()
     one, two = (status_of(state, lease, address) for state in (before, after))
     return Probes(
@@ -293,6 +307,20 @@ def _probe(node: Node, read: Callable[[], Node], lease: Lease, address: Address,
         },
         udp_errors={name: n for name, count in risen.items() if (n := count - errors.get(name, 0))},
     )
+
+
+def _inner_ends(node: Node, lease: Lease, address: Address) -> tuple[Address | None, Address]:
+    """Addresses of both nodes inside the overlay, ours None where the kernel shall choose: the .0 of each subnet is on
+    the overlay's device. Without a device it is the .1 of the pods' bridge, which stands once there was a pod."""
+    there, own = subnet_of(lease, address), subnet_of(node.own, address) if node.own else None
+    if has_device(node):
+        return own.network_address if own else None, there.network_address
+    bridge = own[1] if own and str(own[1]) in view.own_addresses() else None
+    return bridge, there[1]
+
+
+def _hop_text(way: Way) -> str:
+    return f"to {way.gateway} on {way.device}" if way.gateway else f"into {way.device}"
 
 
 def _way_text(way: Way) -> str:

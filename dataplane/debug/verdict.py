@@ -72,6 +72,8 @@ class Account:
     probes: Probes | None = None
     rules: list[str] = field(default_factory=list)
     """Rules of this node that drop, and name the peer or the port."""
+    direct: bool = False
+    """Packets go there without encapsulation."""
     verdict: str = ""
     command: str = ""
 
@@ -152,8 +154,12 @@ class _Pattern:
         found = self._refused_here() or self._came_and_was_dropped() or self._nobody_there()
         if found is not None:
             return found
+        own = subnet_of(self._node.own, self._account.address).network_address if self._node.own else ""
+        if self._account.direct:
+            silent = "" if has_device(self._node) else ", or no pod has been there yet"
+            said = f"is up, but nothing comes back from its subnet: a firewall drops it, or a route is missing{silent}"
+            return f"pods' packets blocked: {public} {said}{self._rule}", f"loden explain {own}   # on {public}"
         if not self._rule and self._probes.heard:
-            own = subnet_of(self._node.own, self._account.address).network_address if self._node.own else ""
             said = "is heard meanwhile, but does not answer: our datagrams do not get there, or it drops them"
             return f"one-way loss: {public} {said}", f"loden explain {own}   # on {public}"
         said = f"is up, but nothing passes UDP port {port}: a firewall here, there or between drops it{self._rule}"
@@ -208,6 +214,11 @@ class _Pattern:
         heard = "" if idle is None else f"; it was last heard {idle:.0f} s ago"
         said = f"{public} answers neither inside the overlay nor outside{heard}"
         return f"peer down, or wrong public IP in its lease: {said}", f"ping {public}"
+
+
+def has_device(node: Node) -> bool:
+    """Whether the overlay has a device, with an address of this node inside."""
+    return node.status.type not in ("host-gw", "alloc")
 
 
 def public_of(lease: Lease, address: Address) -> Address:

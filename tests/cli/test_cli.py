@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import dataplane
 from dataplane import options
 from dataplane.cli import main
 from dataplane.parts import open_store
+from tests.examples import documented, shape
 
 GOOD = b'{"Network": "10.5.0.0/16", "Backend": {"Type": "udp"}}'
 
@@ -143,3 +145,19 @@ def test_the_demo_proves_a_network_and_leaves_nothing() -> None:
     assert "all 6 pairs of pods, nothing lost" in done.stdout
     assert done.stdout.count("SHA-256 equal") == 3
     assert not Path("/run/loden/demo").exists()
+    assert shape(done.stdout) == shape(documented("demo"))
+
+
+@pytest.mark.netns
+@pytest.mark.etcd
+def test_the_mixed_lab_of_the_readme() -> None:
+    name = f"mixed{secrets.token_hex(3)}"
+    (command,) = [line for line in documented("lab-mixed").splitlines() if line.startswith("# loden ")]
+    words = [*command.removeprefix("# loden ").split(), f"--name={name}"]
+    argv = [sys.executable, "-m", "dataplane.cli"]
+    try:
+        done = subprocess.run([*argv, *words], capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        assert shape(done.stdout) == shape(documented("lab-mixed"))
+    finally:
+        subprocess.run([*argv, "lab", "down", f"--name={name}"], timeout=120, check=True)

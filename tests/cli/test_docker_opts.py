@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples import documented
 from tests.namespaces import open_namespaces
 
 SCRIPTS = [str(Path(sys.executable).with_name(name)) for name in ("mk-docker-opts", "mk-docker-opts.sh")]
@@ -50,6 +51,13 @@ def test_the_outputs_that_flannels_test_expects(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (place / "out").read_text() == expected
     assert (place / "out").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_example_of_the_docs(place: Path) -> None:
+    lines = documented("docker-opts").splitlines(keepends=True)
+    (place / "subnet.env").write_text(SUBNET_ENV.replace("10.1.74.1", "10.244.22.1"))
+    assert run(place).returncode == 0
+    assert (place / "out").read_text() == "".join(lines[1:])
 
 
 def test_who_masquerades_keeps_docker_from_it(place: Path) -> None:

@@ -22,7 +22,7 @@ from dataplane.debug import pcapng
 from dataplane.debug.pcapng import Packet, Statistics
 from dataplane.lab import Lab, measure
 from dataplane.path.wire import FRAME_HEAD
-from tests.examples import documented, normal
+from tests.examples import documented, normal, shape
 from tests.netns.conftest import MakeLab
 from tests.netns.observing import status_of, until
 
@@ -153,9 +153,9 @@ def test_under_load_every_inner_packet_sits_beside_its_datagram(
         assert measure.verdict(there, 300)["equal"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     shown, wire = Shown.of(path, head), of_the_wire(wire_path)
-    sys.stdout.write(
-        f"{backend}: {shown.pairs} packets shown, {shown.missing} missing, {wire.total()} on the cable\n"
-    )
+    said = f"{backend}: {shown.pairs} packets shown, {shown.missing} missing, {wire.total()} on the cable\n"
+    sys.stdout.write(said)
+    assert shape(said)[0] in shape(documented("capture-million"))
     assert not shown.datagrams - wire, "what is shown was on the cable"
     assert (wire - shown.datagrams).total() == shown.missing, "and what is not shown is owned up to"
     assert shown.pairs >= TCP_BYTES // 1500

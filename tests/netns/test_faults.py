@@ -11,13 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dataplane.lab import Lab, Settings
 from tests.examples import documented, normal
+from tests.netns.conftest import MakeLab
 from tests.netns.observing import python_in, reaches, status_of, until
+from tests.netns.test_capture import capturing
+from tests.netns.test_wire_capture import SEND, pairs_of
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(600), pytest.mark.xdist_group("faults")]
 
@@ -269,6 +273,22 @@ def test_wrong_public_ip(lab: Lab) -> None:
     until("both pods reach each other", lambda: reaches(lab, "n1-p1", "n2-p1"))
 
 
+def test_mac_changed_where_the_daemon_carries_vxlan(make_lab: MakeLab, tmp_path: Path) -> None:
+    """The same datagram from the same node, with another MAC in its frame than its lease has."""
+    lab = make_lab(2, backend="vxlan", dataplane="userspace")
+    path = tmp_path / "n2.pcapng"
+    with capturing(lab, "n2", "-c", "1", "--tx", "-w", str(path), "icmp") as process:
+        lab.ping("n2-p1", "n1-p1", count=1)
+        process.wait(30)
+    ((_, outer),) = pairs_of(path)
+    frame = bytearray(outer.data[28:])
+    frame[8 + 11] ^= 1
+    with python_in(lab, "n2", SEND, "198.18.1.1", frame.hex()):
+        until("it is counted", lambda: status_of(lab.node("n1"))["drops"]["PEER_MAC"] == 1)
+    (line,) = [line for line in loden(lab, "n1", "status").stdout.splitlines() if line.startswith("PEER_MAC")]
+    assert "it changed, and its lease did not" in line
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -279,6 +299,9 @@ def test_wrong_public_ip(lab: Lab) -> None:
         (("capture", "--json", "-w", "a.pcapng"), "--json is another form of the lines"),
         (("capture", "--for", "soon"), "use a time such as 10s"),
         (("capture", "--keep", "3"), "need a file"),
+        (("capture", "--keep", "-1", "-w", "a.pcapng", "--rotate-size", "1M"), "--keep -1"),
+        (("capture", "--peer", "and"), "--peer and: expected a node"),
+        (("capture", "--port", "80 or port 90"), "--port takes one word"),
         (("capture", "--buffer", "0"), "--buffer 0"),
         (("capture", "-w", "/nowhere/a.pcapng", "-c", "1"), "cannot write /nowhere/a.pcapng"),
     ],
@@ -287,6 +310,33 @@ def test_what_cannot_be_is_refused_in_a_sentence(lab: Lab, words: tuple[str, ...
     done = loden(lab, "n1", *words)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_a_peer_that_there_is_not_and_all_the_words_for_one_that_there_is(lab: Lab) -> None:
+    done = loden(lab, "n1", "capture", "--peer", "node-b")
+    assert done.returncode == 1
+    assert normal(done.stderr) == normal(documented("capture-no-peer"))
+    subnet = status_of(lab.node("n2"))["lease"]["subnet"]
+    for word in ("198.18.1.2", subnet, lab.address_of("n2-p1")):
+        with lab.open_process("n1", capture_argv(lab, "n1", "-q", "-c", "1", "--tx", "--peer", word)) as process:
+            until("a capture runs", lambda: captures_running(lab))
+            lab.ping("n1-p1", "n2-p1", count=1)
+            output, _ = process.communicate(timeout=30)
+        assert f"peer=198.18.1.2 lease={subnet}" in output
+
+
+def test_status_lives_with_rates_or_as_json(lab: Lab) -> None:
+    flag = f"--subnet-file={lab.node('n1').subnet_file}"
+    for words in ([], ["--json"]):
+        with lab.open_process("n1", [*LODEN, "status", "--watch", *words, flag]) as process:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            page = [first] + [process.stdout.readline() for _ in range(0 if words else 7)]
+            process.kill()
+        if words:
+            assert json.loads(first)["backend"] == "udp"
+        else:
+            assert any("TX packets/s" in line for line in page), page
 
 
 @pytest.mark.parametrize("verb", [("status",), ("explain", "10.244.1.2"), ("capture",)])

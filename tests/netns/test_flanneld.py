@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dataplane.lab import Lab, Node, measure
+from tests.examples import documented, shape
 from tests.netns.conftest import MakeLab
 from tests.netns.observing import until
 from tests.netns.real_flanneld import ABSENT, FLANNELD, Case, Cluster, log_of, program, subnet_values
@@ -110,6 +111,14 @@ def test_nodes_are_swapped_one_by_one_and_back(
             mtu = {name: value for name, value in values.items() if name != "FLANNEL_MTU"}
             assert mtu == {name: value for name, value in first.items() if name != "FLANNEL_MTU"}
     assert [subnet_values(node) for node in (n1, n2)] == before
+
+
+def test_the_check_of_a_flannel_node_says_what_the_docs_do(make_lab: MakeLab) -> None:
+    cluster = Cluster.of_flannels(make_lab, CASES["vxlan-nftables"])
+    argv = [sys.executable, "-P", "-m", "dataplane.cli", "migrate", "check"]
+    done = cluster.lab.run("n2", argv, check=False)
+    assert done.returncode == 0, done.stdout
+    assert shape(done.stdout) == shape(documented("migrate-check"))
 
 
 # --- side by side -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 
 from dataplane.lab import Lab, measure
 from dataplane.path.capability import Capability
+from tests.examples import documented, shape
 from tests.netns.conftest import MakeLab
 from tests.netns.observing import status_of
 
@@ -56,7 +57,7 @@ def impaired(lab: Lab) -> tuple[int, int]:
     return count["drop"], count["dup"]
 
 
-def soak(lab: Lab, tcp_bytes: int, datagrams: int) -> None:
+def soak(lab: Lab, tcp_bytes: int, datagrams: int) -> str:
     began = time.monotonic()
     with lab.traffic("tcp", "n1-p1", "n2-p1", f"--bytes={tcp_bytes}") as run:
         result = measure.verdict(run, 60 + tcp_bytes / SLOWEST)
@@ -67,7 +68,7 @@ def soak(lab: Lab, tcp_bytes: int, datagrams: int) -> None:
         numbered = measure.verdict(run, 120 + datagrams / 50)
     assert numbered["altered"] == 0, numbered
     assert numbered["received"] > 0.9 * numbered["sent"], numbered
-    sys.stdout.write(
+    return (
         f"{tcp_bytes / 1e9:.2f} GB of TCP whole at {speed:.0f} Mbit/s; of {numbered['sent']} datagrams "
         f"{numbered['lost']} lost, {numbered['duplicated']} doubled, 0 altered\n"
     )
@@ -76,7 +77,7 @@ def soak(lab: Lab, tcp_bytes: int, datagrams: int) -> None:
 def test_nothing_arrives_wrong_over_a_bad_underlay(make_lab: MakeLab) -> None:
     lab = make_lab(2)
     impair(lab)
-    soak(lab, BYTES, DATAGRAMS)
+    said = [soak(lab, BYTES, DATAGRAMS)]
     for capability in Capability:
         for node in lab.nodes.values():
             node.stop_daemon(signal.SIGTERM)
@@ -85,8 +86,10 @@ def test_nothing_arrives_wrong_over_a_bad_underlay(make_lab: MakeLab) -> None:
             node.wait_ready()
         lab.settle()
         assert status_of(lab.node("n1"))["capabilities"][capability.word] == "off: switched off"
-        soak(lab, OFF_BYTES, DATAGRAMS // 10)
+        said.append(soak(lab, OFF_BYTES, DATAGRAMS // 10))
     lost, doubled = impaired(lab)
     assert lost > 100
     assert doubled > 100
-    sys.stdout.write(f"the underlay lost {lost} datagrams and doubled {doubled}\n")
+    said.append(f"the underlay lost {lost} datagrams and doubled {doubled}\n")
+    sys.stdout.write("".join(said))
+    assert shape("".join(said)) == shape(documented("soak"))
