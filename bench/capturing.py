@@ -1,8 +1,9 @@
 """Owns what a capture costs the packets that it looks at: one path without a capture, with one that sees nothing, and
 with one that records everything.
 
-Free of: how a sample is taken (exchange.py). Invariant: the four ways take turns within one life of one daemon, so that
-their ratios are not those of two starts; a rate under a capture stands beside the share that was recorded.
+Free of: how a sample is taken (exchange.py). Invariant: the ways take turns below one stream of datagrams that never
+stops, so that their ratios are those of neighbours and not of two starts; a rate under a capture stands beside the
+share that was recorded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,18 @@ NOTHING = "host 192.0.2.1"
 """No packet of a stand (RFC 5737)."""
 
 _SIZE = 64
-_TURNS = 2
+_TURNS = 4
+_SLICE = 0.01
+_SETTLES = 0.2
+"""Seconds after a change that do not count."""
+_CHANGE = 1.0
+"""Seconds that a capture takes to begin and to end, beside the datagrams."""
 _STARTS = 10.0
-"""Seconds in which a capture begins, or ends."""
+"""Seconds in which a capture must have begun, or ended."""
 _WAYS: dict[str, tuple[str, ...]] = {"off": (), "nothing": (NOTHING,), "all": ("-s", str(SNAPLEN))}
+
+_Window = tuple[float, float]
+"""Begin and end by CLOCK_MONOTONIC."""
 
 
 def capture(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:
@@ -39,33 +51,71 @@ def capture(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:
     nothing, and with one of everything into a file."""
     if not ends.control:
         return {"skipped": "it is no daemon that captures"}
-    never = exchange.udp(stand, ends, timing, _SIZE)
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in _WAYS}
+    one = timing.seconds + _SETTLES + _CHANGE
+    length = replace(timing, seconds=one * (1 + _TURNS * len(_WAYS)) + _CHANGE)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(partial(exchange.udp, stand, ends, length, _SIZE, timeline=_SLICE))
+        time.sleep(length.warmup + _CHANGE)
+        until = time.monotonic() + length.seconds - _CHANGE
+        windows, recorded = _take_turns(stand, ends.control, timing.seconds, until)
+        figures = stream.result()
+    kpps = {way: [_rate(figures, each) for each in windows[way]] for way in windows}
+    rates = {way: statistics.mean(each) for way, each in kpps.items()}
+    return {
+        **{f"{way}_kpps": rate for way, rate in rates.items()},
+        "loss": figures["loss"],
+        "off_share": rates["off"] / rates["never"],
+        **{f"{way}_share": _share(kpps[way], kpps["off"]) for way in ("nothing", "all")},
+        "recorded": min(recorded),
+        "stolen_s": figures["stolen_s"],
+    }
+
+
+def _take_turns(
+    stand: Stand, socket: str, seconds: float, until: float
+) -> tuple[dict[str, list[_Window]], list[float]]:
+    """When each way was on, and the shares that the captures of everything recorded; turns that would not end before
+    `until` are left out, for a capture that has fallen behind takes its time to end."""
+    windows: dict[str, list[_Window]] = {"never": [_window(seconds)], **{way: [] for way in _WAYS}}
     recorded: list[float] = []
-    with _running(stand, ends.control, "-c", "1", NOTHING):
+    with _running(stand, socket, "-c", "1", NOTHING):
         pass  # from here on a tap has been armed once
+    longest = 0.0
     for turn in range(_TURNS):
-        ways = list(_WAYS) if turn % 2 == 0 else list(_WAYS)[::-1]
-        for way in ways:
+        began = time.monotonic()
+        if began + longest > until:
+            break
+        for way in list(_WAYS) if turn % 2 == 0 else list(_WAYS)[::-1]:
             if way == "off":
-                found[way].append(exchange.udp(stand, ends, timing, _SIZE))
+                windows[way].append(_window(seconds))
                 continue
-            with _running(stand, ends.control, *_WAYS[way]) as said:
-                found[way].append(exchange.udp(stand, ends, timing, _SIZE))
+            with _running(stand, socket, *_WAYS[way]) as said:
+                windows[way].append(_window(seconds))
             if way == "all":
                 recorded.append(said.share)
-    rates = {way: statistics.mean(one["kpps"] for one in samples) for way, samples in found.items()}
-    return {
-        "never_kpps": never["kpps"],
-        "never_loss": never["loss"],
-        **{f"{way}_kpps": rate for way, rate in rates.items()},
-        **{f"{way}_loss": statistics.mean(one["loss"] for one in samples) for way, samples in found.items()},
-        "off_share": rates["off"] / never["kpps"],
-        "nothing_share": rates["nothing"] / rates["off"],
-        "all_share": rates["all"] / rates["off"],
-        "recorded": min(recorded),
-        "stolen_s": sum(one["stolen_s"] for samples in found.values() for one in samples),
-    }
+        longest = max(longest, time.monotonic() - began)
+    return windows, recorded
+
+
+def _window(seconds: float) -> _Window:
+    time.sleep(_SETTLES)
+    began = time.monotonic()
+    time.sleep(seconds)
+    return began, time.monotonic()
+
+
+def _rate(figures: dict[str, Any], window: _Window) -> float:
+    """Thousand datagrams a second in the slices that lie wholly within a window. Raises LabError."""
+    began, ended = ((at - figures["started"]) / _SLICE for at in window)
+    counts = [count for count, _ in figures["timeline"][int(began) + 1 : int(ended)]]
+    if len(counts) < int(ended) - int(began) - 1 or not sum(counts):
+        raise LabError("the datagrams ended before the captures did")
+    return float(statistics.mean(counts)) / _SLICE / 1e3
+
+
+def _share(rates: list[float], beside: list[float]) -> float:
+    """The median of what was left of the rate without a capture, in each turn."""
+    return statistics.median(rate / other for rate, other in zip(rates, beside, strict=True))
 
 
 class _Said:

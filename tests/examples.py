@@ -71,6 +71,6 @@ def shape(text: str) -> list[str]:
     for line in text.strip().splitlines():
         if not re.match(r"[$#] ", line):
             for pattern, word in _ANY:
-                line = re.sub(pattern, word, line.rstrip())
+                line = re.sub(pattern, word, line.strip())
             lines.append(line)
     return lines

@@ -105,7 +105,8 @@ class Wiretap:
             ring.close()
 
     def counts(self) -> tuple[int, int, int]:
-        return self._matched, self._dropped[OVERLAY], self._delivered
+        lost = self._dropped[OVERLAY]
+        return self._matched + lost, lost, self._delivered  # whether the filter wanted what was lost, nobody knows
 
     def accounts(self) -> tuple[Account, Account]:
         if any(self._dropped):
