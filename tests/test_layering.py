@@ -57,13 +57,13 @@ FLOORS = {
         *("debug.dissect", "debug.layers", "debug.metrics"),
     ],
     3: [
-        *("backend.userspace", "backend.entries"),
+        *("backend.device", "backend.sockets", "backend.reports", "backend.entries"),
         *("lease.sqlite", "lease.etcd", "lease.keeper"),
         *("debug.reading", "debug.verdict", "debug.comparison", "debug.cutting", "debug.pairing"),
         "path.rehearsal",
     ],
     4: [
-        "backend.*",
+        "backend.*",  # but for those on 5, with the tunnel that they are made of
         "debug.status",
         "debug.capture",
         "debug.control",
@@ -72,7 +72,7 @@ FLOORS = {
         "debug.rehearsing",
         "debug.wiretap",
     ],
-    5: ["debug.answers", "debug.replay"],
+    5: ["backend.udp", "backend.vxlan", "debug.answers", "debug.replay"],
     6: ["daemon", "parts", "memory", "cleanup", "upkeep", "following", "collecting", "klog", "health", "systemd"],
     7: ["lab.*"],
     8: ["bench.*", "extcap"],

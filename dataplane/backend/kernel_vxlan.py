@@ -18,7 +18,7 @@ from dataplane.backend.peers import IPAddress, IPNetwork, Peer, Peers, check_typ
 from dataplane.errors import ConfigError, KernelError
 from dataplane.kernel import rtnetlink, tun, underlay
 from dataplane.kernel.events import UNDERLAY, Group
-from dataplane.kernel.facts import AddressEvent, Link, LinkEvent, Vxlan
+from dataplane.kernel.facts import AddressEvent, Link, LinkEvent, Vxlan, holders
 from dataplane.kernel.netlink import Netlink, refuse_router_advertisements
 from dataplane.kernel.rtnetlink import Entry, Scope, Table
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
@@ -222,8 +222,7 @@ class KernelVxlanBackend:
     async def _remove_leftovers(self) -> None:
         """TUN devices of a killed daemon that carried this network, or under our name, in userspace."""
         links = await self._netlink.links()
-        addresses = await self._netlink.addresses()
-        ours = {a.index for a in addresses for f in self._families if a.interface.ip in f.network}
+        ours = holders(await self._netlink.addresses(), [family.network for family in self._families])
         names = {family.device for family in self._families}
         left = tun.leftovers(links)
         for link in links:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.peers import IPNetwork, Peers, check_type
-from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, tunnels_status
+from dataplane.backend.sockets import Sockets
+from dataplane.backend.userspace import OnPeers, Shape, Tuning, Tunnel, tunnels_status
 from dataplane.errors import KernelError
 from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink

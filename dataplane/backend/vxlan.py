@@ -15,7 +15,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 from dataplane.backend.base import BackendStatus, Underlay
 from dataplane.backend.peers import IPNetwork, Peers, check_type, decode_vtep, encode_vtep
-from dataplane.backend.userspace import OnPeers, Shape, Sockets, Tuning, Tunnel, tunnels_status
+from dataplane.backend.sockets import Sockets
+from dataplane.backend.userspace import OnPeers, Shape, Tuning, Tunnel, tunnels_status
 from dataplane.errors import KernelError
 from dataplane.kernel import underlay
 from dataplane.kernel.netlink import Netlink

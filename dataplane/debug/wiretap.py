@@ -20,8 +20,10 @@ from dataplane.debug.cutting import Piece
 from dataplane.debug.pairing import OVERLAY, UNDERLAY, Pair, Pairing, Sighting, identity
 from dataplane.debug.scene import Address, Scene, Way, Ways
 from dataplane.debug.source import Account, Face, ending
-from dataplane.errors import CaptureError, DropReason
-from dataplane.kernel import packet_ring, view
+from dataplane.errors import CaptureError, DropReason, KernelError
+from dataplane.kernel import packet_ring
+from dataplane.kernel.facts import holders
+from dataplane.kernel.netlink import Netlink
 from dataplane.kernel.packet_filter import ETHERNET, NETWORK_HEADER, Wanted
 from dataplane.kernel.packet_ring import RETIRE_MS, Frame, PacketRing
 from dataplane.path.datapath import Tap
@@ -123,13 +125,13 @@ class Wiretap:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self._follow()
-            except CaptureError as error:  # it goes on with what is looked at already
+            except (CaptureError, KernelError) as error:  # it goes on with what is looked at already
                 log.warning("A capture cannot follow the devices: %s", error)
 
     async def _follow(self) -> None:
         """Take devices and leases for what they are now; a device that was made again has another number."""
         scene = self._look()
-        found = await asyncio.to_thread(_resolve, scene, self._view)
+        found = await _resolve(scene, self._view)
         if found != self._view:
             base = ETHERNET if self._ethernet else NETWORK_HEADER
             port = scene.tunnel.port if scene.tunnel else 0
@@ -262,12 +264,20 @@ class Wiretap:
         return " ".join(words)
 
 
-def _resolve(scene: Scene, known: _View) -> _View:
-    """The devices' numbers; what cannot be found is not there now."""
+async def _resolve(scene: Scene, known: _View) -> _View:
+    """The devices' numbers; what cannot be found is not there now. Raises KernelError."""
     tunnels = frozenset(_index(name) for name in scene.devices if name != scene.underlay) - {0}
-    pods = view.holders(scene.subnets) - tunnels if scene.direct else frozenset()
+    pods = await _pods(scene) - tunnels if scene.direct else frozenset()
     ways = known.ways if scene.ways == known.scene.ways else Ways(scene.ways)
     return _View(scene, ways, tunnels, pods, frozenset({_index(scene.underlay)}) - {0})
+
+
+async def _pods(scene: Scene) -> frozenset[int]:
+    netlink = await Netlink.open()
+    try:
+        return holders(await netlink.addresses(), scene.subnets)
+    finally:
+        await netlink.close()
 
 
 def _index(name: str) -> int:

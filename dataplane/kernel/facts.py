@@ -5,6 +5,7 @@ Free of: IO, netlink. Invariant: a record says what the kernel said at one momen
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -67,6 +68,11 @@ class Address:
     deprecated: bool
     secondary: bool
     """IPv4: another address of the same prefix came first. IPv6: a temporary (privacy) address."""
+
+
+def holders(addresses: Iterable[Address], networks: Collection[IPv4Network | IPv6Network]) -> frozenset[int]:
+    """The devices, by index, that have an address in one of these networks."""
+    return frozenset(each.index for each in addresses if any(each.interface.ip in network for network in networks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +70,6 @@ def own_addresses() -> set[str]:
         return {a["local"] for link in _json("ip", "-j", "address") for a in link.get("addr_info", ()) if "local" in a}
     except KernelError:
         return set()
-
-
-def holders(networks: Iterable[IPv4Network | IPv6Network]) -> frozenset[int]:
-    """The devices, by index, that have an address in one of these networks."""
-    wanted = tuple(networks)
-    try:
-        return frozenset(
-            link["ifindex"]
-            for link in _json("ip", "-j", "address")
-            for address in link.get("addr_info", ())
-            if "local" in address and any(ip_address(address["local"]) in network for network in wanted)
-        )
-    except KernelError:
-        return frozenset()
 
 
 def neighbour(address: Address, name: str) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dataplane.backend import userspace
+from dataplane.backend import reports
 from dataplane.backend.base import Underlay
 from dataplane.backend.udp import UdpBackend
 from dataplane.backend.userspace import Tuning
@@ -105,11 +105,11 @@ def test_forged_sources_leave_no_more_than_so_many_entries() -> None:
         (tunnel,) = [one.backend._tunnel]
 
         async def flood() -> None:
-            for n in range(3 * userspace.MOST_STRANGERS):
+            for n in range(3 * reports.MOST_STRANGERS):
                 tunnel._on_event(PathEvent(PathEventKind.UNKNOWN_SOURCE, IPv4Address("203.0.0.0") + n, 1))
 
         one.ask(flood())
         unknown = one.status().unknown_sources
-        assert len(unknown) == userspace.MOST_STRANGERS
-        assert IPv4Address("203.0.0.0") + 3 * userspace.MOST_STRANGERS - 1 in unknown, "the oldest go"
-        assert len(tunnel._complaints) == userspace.MOST_STRANGERS
+        assert len(unknown) == reports.MOST_STRANGERS
+        assert IPv4Address("203.0.0.0") + 3 * reports.MOST_STRANGERS - 1 in unknown, "the oldest go"
+        assert len(tunnel._reports._complaints) == reports.MOST_STRANGERS

@@ -146,8 +146,8 @@ def test_a_killed_daemons_device_is_taken_over_with_its_mac() -> None:
         for tunnel in one.backend._tunnels.values():  # as a kill would leave it: nothing let go in order
             one.ask(tunnel._path.stop())
             tunnel._path = None
-            os.close(tunnel._tun.fd)
-            tunnel._tun = None
+            os.close(tunnel._device.tun.fd)
+            tunnel._device.tun = None
         one.stop()
         first = one.attrs
         one.start(userspace(macs=kept[-1]))
