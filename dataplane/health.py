@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 from dataplane.errors import KernelError
@@ -34,7 +34,7 @@ _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r?\n")
 class HealthServer:
     """Answers GET and HEAD with flanneld's status codes and texts (facts 1.7); every connection carries one request."""
 
-    def __init__(self, ready: Callable[[], bool], metrics: Callable[[], str] | None) -> None:
+    def __init__(self, ready: Callable[[], bool], metrics: Callable[[], Awaitable[str]] | None) -> None:
         self._ready = ready
         self._metrics = metrics
         self._server: asyncio.Server | None = None
@@ -42,7 +42,7 @@ class HealthServer:
 
     @classmethod
     async def start(
-        cls, ip: str, port: int, ready: Callable[[], bool], metrics: Callable[[], str] | None = None
+        cls, ip: str, port: int, ready: Callable[[], bool], metrics: Callable[[], Awaitable[str]] | None = None
     ) -> HealthServer:
         """Listen at `ip`, or at any free port if `port` is 0. `metrics` makes the page /metrics; without it there is
         none. Raises KernelError that names the address."""
@@ -82,7 +82,7 @@ class HealthServer:
         self._connections[task] = writer
         try:
             async with asyncio.timeout(READ_TIMEOUT):
-                answer = self._answer(await _request(reader))
+                answer = await self._answer(await _request(reader))
                 if not writer.is_closing():  # uvloop refuses to write where asyncio drops it
                     writer.write(answer)
                     await writer.drain()
@@ -92,7 +92,7 @@ class HealthServer:
             del self._connections[task]
             writer.close()
 
-    def _answer(self, request: re.Match[bytes] | HTTPStatus) -> bytes:
+    async def _answer(self, request: re.Match[bytes] | HTTPStatus) -> bytes:
         if isinstance(request, HTTPStatus):
             return _response(request, request.phrase)
         method, target = request.groups()
@@ -104,7 +104,7 @@ class HealthServer:
         if method not in (b"GET", b"HEAD"):
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, "use GET or HEAD")
         if page == b"/metrics" and self._metrics is not None:
-            return _response(HTTPStatus.OK, self._metrics(), head=head, kind=METRICS_TYPE)
+            return _response(HTTPStatus.OK, await self._metrics(), head=head, kind=METRICS_TYPE)
         if page == b"/healthz":
             return _response(HTTPStatus.OK, "flanneld is running", head=head)
         if self._ready():

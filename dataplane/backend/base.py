@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dataplane.errors import DropReason
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
@@ -32,9 +32,9 @@ class Underlay:
     public_ipv6: IPv6Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PeerStatus:
-    """Inner packets and bytes to and from one peer. `idle`: seconds since the last packet came in, None for never."""
+class PeerStatus(NamedTuple):
+    """Inner packets and bytes to and from one peer. `idle`: seconds since the last packet came in, None for never. (No
+    dataclass: there may be ten thousand, made while the event loop waits.)"""
 
     subnet: IPv4Network | IPv6Network
     public_ip: IPv4Address | IPv6Address

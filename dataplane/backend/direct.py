@@ -82,7 +82,7 @@ class DirectlyRouted:
 
     def status(self) -> BackendStatus:
         status = self._inner.status()
-        peers = tuple(dataclasses.replace(p, direct=self._routes.is_direct(p.subnet)) for p in status.peers)
+        peers = tuple(p._replace(direct=self._routes.is_direct(p.subnet)) for p in status.peers)
         ignored = status.ignored | self._routes.refused
         return dataclasses.replace(
             status, peers=peers, ignored=ignored, repairs=status.repairs + self._routes.repairs

@@ -80,8 +80,9 @@ class Answers:
     def streams(self) -> Mapping[str, Stream]:
         return {"capture": self.capture}
 
-    def status(self, _arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The status document; docs/operations.md lists its members."""
+    async def status(self, _arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The status document; docs/operations.md lists its members. Of peers, who may be ten thousand, the loop reads
+        the counters, and a thread writes them down."""
         document: dict[str, Any] = {
             "version": __version__,
             "pid": os.getpid(),
@@ -91,13 +92,13 @@ class Answers:
         }
         if self._parts is not None:
             document |= status.lease_document(self._parts.keeper)
-            document |= status.backend_document(self._parts.backend.status())
             document["captures"] = self._parts.captures.running
+            document |= await asyncio.to_thread(status.backend_document, self._parts.backend.status())
         return document
 
-    def metrics(self) -> str:
+    async def metrics(self) -> str:
         """The page for Prometheus."""
-        return metrics.page(self.status())
+        return await asyncio.to_thread(metrics.page, await self.status())
 
     async def explain(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The way from this node to `address`, and a verdict; `probe` false sends nothing. Raises LodenError."""
@@ -150,10 +151,12 @@ class Answers:
         )
 
     def _place(self) -> Place:
-        known = self.status()
-        lease = known.get("lease") or {}
-        node, subnet = lease.get("public_ip", "?"), lease.get("subnet", "none yet")
-        return Place(node, subnet, known["backend"], known["device"] or "?")
+        """Raises CaptureError."""
+        if self._parts is None:
+            raise CaptureError(NOTHING_YET)
+        backend, own = self._parts.backend.status(), status.lease_document(self._parts.keeper)["lease"] or {}
+        node, subnet = own.get("public_ip", "?"), own.get("subnet", "none yet")
+        return Place(node, subnet, backend.type, backend.device or "?")
 
     def _scene(self) -> Scene:
         """Where this node's packets pass now. Raises CaptureError."""

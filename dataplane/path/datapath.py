@@ -219,6 +219,7 @@ class Datapath:
 
     def statistics(self) -> PathStatistics:
         """Every counter as of now."""
+        count = self._engines[0].peer_counters if len(self._engines) == 1 else self._count_together
         counters = [engine.counters() for engine in self._engines]
         tx, rx = _together([each["tx"] for each in counters]), _together([each["rx"] for each in counters])
         return PathStatistics(
@@ -226,7 +227,7 @@ class Datapath:
             rx=rx,
             drops={reason: tx["drops"][reason] + rx["drops"][reason] for reason in DropReason},
             routes=tuple(
-                RouteCounters(subnet, route.address, *self._peer_counters(route.slot))
+                RouteCounters(subnet, route.address, *count(route.slot))
                 for subnet, route in self._routes
             ),
         )
@@ -298,10 +299,8 @@ class Datapath:
         # a list: each engine frees what it has left when it is asked
         return min([engine.oldest_generation() for engine in self._engines])
 
-    def _peer_counters(self, slot: int) -> tuple[int, int, int, int, int, int]:
+    def _count_together(self, slot: int) -> tuple[int, int, int, int, int, int]:
         """Of all engines; the last time is that of the latest."""
-        if len(self._engines) == 1:
-            return self._engines[0].peer_counters(slot)
         columns = zip(*(engine.peer_counters(slot) for engine in self._engines), strict=True)
         tx_packets, tx_bytes, tx_last, rx_packets, rx_bytes, rx_last = columns
         return sum(tx_packets), sum(tx_bytes), max(tx_last), sum(rx_packets), sum(rx_bytes), max(rx_last)

@@ -108,7 +108,11 @@ async def fetch(port: int, target: str) -> tuple[str, str]:
 @pytest.mark.parametrize("measured", [True, False])
 async def test_the_page_is_served_where_it_is_wanted(measured: bool) -> None:
     page = metrics.page(FULL | {"store": "größe"})
-    health = await HealthServer.start("127.0.0.1", 0, lambda: True, (lambda: page) if measured else None)
+
+    async def measure() -> str:
+        return page
+
+    health = await HealthServer.start("127.0.0.1", 0, lambda: True, measure if measured else None)
     head, body = await fetch(health.port, "/metrics")
     if measured:
         assert "200 OK" in head
