@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dataplane.errors import KernelError
 from dataplane.kernel import firewall, subnetfile
+from dataplane.kernel.facts import holders
 from dataplane.options import Options
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ async def _remove_devices(netlink: Netlink, devices: Sequence[str]) -> None:
 
 async def _remove_vxlan(netlink: Netlink, networks: Sequence[IPv4Network | IPv6Network]) -> None:
     """The kernel's devices, with their entries: named as flannel names them, and with an address of this network."""
-    addresses = await netlink.addresses()
-    ours = {a.index for a in addresses if any(a.interface.ip in network for network in networks)}
+    ours = holders(await netlink.addresses(), networks)
     for link in await netlink.links():
         if link.vxlan is not None and link.index in ours and _VXLAN_NAME.fullmatch(link.name):
             await netlink.remove_link(link.name)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from dataplane.json_text import JsonObject, JsonText, did_you_mean, nearest
 from dataplane.path.capability import Capability
+from dataplane.path.wire import LEAST_MTU, VXLAN_OVERHEAD
 
 UDP_PORT = 8285
 """Where flannel's udp backend listens unless Backend.Port says otherwise."""
@@ -44,8 +45,6 @@ _BACKEND_FIELDS = {
     "host-gw": ("Type",),
     "alloc": ("Type",),
 }
-_LEAST_IPV6_MTU = 1280
-_VXLAN_OVERHEAD = 70
 
 _Net = TypeVar("_Net", bound=IPv4Network | IPv6Network)
 _Addr = TypeVar("_Addr", bound=IPv4Address | IPv6Address)
@@ -194,7 +193,7 @@ def _vxlan(options: JsonObject, ipv6: bool) -> VxlanConfig:
     if port > 65535:
         raise options.fault("Port", f"Backend.Port {port} is no UDP port: use 1 to 65535, or 0 for {VXLAN_PORT}")
     mtu = options.whole_number("MTU", default=0)
-    least = _LEAST_IPV6_MTU + _VXLAN_OVERHEAD if ipv6 else 576
+    least = LEAST_MTU[6] + VXLAN_OVERHEAD[6] if ipv6 else 576
     if mtu and not least <= mtu <= 65535:
         with_ipv6 = " with EnableIPv6" if ipv6 else ""
         text = f"use {least} to 65535{with_ipv6}, or 0 for the underlay's"

@@ -23,13 +23,9 @@ from dataplane.kernel.netlink import Netlink, refuse_router_advertisements
 from dataplane.kernel.rtnetlink import Entry, Scope, Table
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
 from dataplane.netconf import NetworkConfig, VxlanConfig
+from dataplane.path.wire import LEAST_MTU, VXLAN_OVERHEAD
 
 log = logging.getLogger(__name__)
-
-OVERHEAD = {4: 50, 6: 70}
-"""Outer IP, UDP, VXLAN and inner Ethernet headers, by IP version. (Flannel's FLANNEL_MTU is 20 too large over IPv6,
-facts 5.2.)"""
-LEAST_MTU = {4: 68, 6: 1280}
 
 
 @dataclass(slots=True)
@@ -182,16 +178,16 @@ class KernelVxlanBackend:
             if _outer_of(facing, family.version) is None:
                 what = f"IPv{family.version} of the overlay needs an IPv{family.version} underlay"
                 raise ConfigError(f"{what}, and interface {facing.name} has no such address")
-            mtu = min(self._config.mtu or facing.mtu, facing.mtu) - OVERHEAD[family.version]
+            mtu = min(self._config.mtu or facing.mtu, facing.mtu) - VXLAN_OVERHEAD[family.version]
             if mtu < LEAST_MTU[family.version]:
-                least = LEAST_MTU[family.version] + OVERHEAD[family.version]
+                least = LEAST_MTU[family.version] + VXLAN_OVERHEAD[family.version]
                 raise ConfigError(
                     f"interface {facing.name} takes {facing.mtu} bytes: IPv{family.version} in VXLAN needs {least}"
                 )
 
     def _device_mtu(self, version: int) -> int:
         # a larger Backend.MTU than the underlay's would be refused by the kernel
-        return min(self._config.mtu or self._facing.mtu, self._facing.mtu) - OVERHEAD[version]
+        return min(self._config.mtu or self._facing.mtu, self._facing.mtu) - VXLAN_OVERHEAD[version]
 
     def _wanted(self, family: _Family) -> Vxlan:
         config = self._config

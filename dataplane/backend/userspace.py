@@ -39,11 +39,9 @@ from dataplane.path.facts import (
     SourceCheck,
     Vxlan,
 )
+from dataplane.path.wire import LEAST_MTU
 
 log = logging.getLogger(__name__)
-
-LEAST_MTU = {4: 68, 6: 1280}
-"""By IP version: what a link has to take at least (RFC 791, RFC 8200)."""
 
 LEAST_POD_MTU = 576
 """Every host takes packets of so many bytes (RFC 791): an interface that claims less is no pods' bridge."""
@@ -388,12 +386,6 @@ def tunnels_status(kind: str, mtu: int, tunnels: Collection[Tunnel]) -> BackendS
 
 
 def _peer_status(route: RouteCounters, now: float) -> PeerStatus:
-    return PeerStatus(
-        subnet=route.subnet,
-        public_ip=route.address,
-        tx_packets=route.tx_packets,
-        tx_bytes=route.tx_bytes,
-        rx_packets=route.rx_packets,
-        rx_bytes=route.rx_bytes,
-        idle=max(0.0, now - route.rx_last) / 1000 if route.rx_last else None,
-    )
+    idle = max(0.0, now - route.rx_last) / 1000 if route.rx_last else None
+    sent, received = (route.tx_packets, route.tx_bytes), (route.rx_packets, route.rx_bytes)
+    return PeerStatus(route.subnet, route.address, *sent, *received, idle)

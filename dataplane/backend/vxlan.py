@@ -8,7 +8,6 @@ As flannel has it, one tunnel for each IP version, inner IPv4 over outer IPv4 an
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -19,15 +18,14 @@ from dataplane.backend.sockets import Sockets
 from dataplane.backend.userspace import OnPeers, Shape, Tuning, Tunnel, tunnels_status
 from dataplane.errors import KernelError
 from dataplane.kernel import underlay
-from dataplane.kernel.netlink import Netlink
+from dataplane.kernel.netlink import Netlink, random_mac
 from dataplane.lease.model import Lease, LeaseAttrs, LeaseEvent
 from dataplane.path.datapath import Tap
 from dataplane.path.facts import Vxlan
-from dataplane.path.wire import VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
+from dataplane.path.wire import VXLAN_OVERHEAD
 
 log = logging.getLogger(__name__)
 
-_OVERHEAD = {4: VXLAN_OVERHEAD, 6: VXLAN_OVERHEAD_V6}
 _EVERYWHERE: dict[int, IPv4Address | IPv6Address] = {4: IPv4Address(0), 6: IPv6Address(0)}
 
 
@@ -82,7 +80,7 @@ class VxlanBackend:
         """Takes the port, and the place of a kernel device that this node had for the same network."""
         for version in self._networks:
             known_as = await self._replace_kernel_device(version)
-            self._macs.setdefault(version, known_as or _random_mac())
+            self._macs.setdefault(version, known_as or random_mac())
         self._on_macs(self._macs)
         for version, network in self._networks.items():
             tunnel = self._tunnels[version] = self._make_tunnel(version, network)
@@ -129,7 +127,7 @@ class VxlanBackend:
         )
 
     def _mtu_of(self, version: int, facing: Underlay) -> int:
-        return (self._wire.underlay_mtu or facing.mtu) - _OVERHEAD[version]
+        return (self._wire.underlay_mtu or facing.mtu) - VXLAN_OVERHEAD[version]
 
     def _name_of(self, version: int) -> str:
         return f"flannel.{self._wire.vni}" if version == 4 else f"flannel-v6.{self._wire.vni}"
@@ -150,7 +148,7 @@ class VxlanBackend:
             return await self._open_sockets(version, facing, former)
 
         return Tunnel(
-            Shape(name, (network,), _OVERHEAD[version], Vxlan(self._wire.vni, mac, version)),
+            Shape(name, (network,), VXLAN_OVERHEAD[version], Vxlan(self._wire.vni, mac, version)),
             [Peers(version, mac_of, shared_macs=True)],
             open_sockets,
             self._netlink,
@@ -197,9 +195,3 @@ class VxlanBackend:
         log.info("Removing the kernel's device %s: this node carries VXLAN in userspace now", name)
         await self._netlink.remove_link(name)
         return bytes.fromhex(link.address.replace(":", ""))
-
-
-def _random_mac() -> bytes:
-    """Locally administered and unicast, as flannel's (pkg/mac/mac.go)."""
-    first, *others = secrets.token_bytes(6)
-    return bytes((first & 0xFC | 0x02, *others))

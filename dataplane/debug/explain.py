@@ -26,7 +26,7 @@ from dataplane.kernel import probe, view
 from dataplane.kernel.probe import Echo
 from dataplane.kernel.view import Device, Way
 from dataplane.lease.model import Lease
-from dataplane.path.wire import UDP_OVERHEAD, VXLAN_OVERHEAD, VXLAN_OVERHEAD_V6
+from dataplane.path.wire import UDP_OVERHEAD, VXLAN_OVERHEAD
 
 
 def explain(address: Address, read: Callable[[], Node], *, probing: bool) -> Account:
@@ -179,7 +179,7 @@ def device_of(node: Node, address: Address) -> str:
 def _most(node: Node, address: Address) -> int:
     """The MTU that fits the overlay of an address; where VXLAN carries both IP versions the status has the least."""
     both = node.status.type == "vxlan" and len({network.version for network in node.networks}) == 2
-    return node.status.mtu + (VXLAN_OVERHEAD_V6 - VXLAN_OVERHEAD if both and address.version == 4 else 0)
+    return node.status.mtu + (VXLAN_OVERHEAD[6] - VXLAN_OVERHEAD[4] if both and address.version == 4 else 0)
 
 
 def _device_text(name: str, device: Device | None) -> str:
@@ -226,7 +226,7 @@ def _look_at_underlay(account: Account, node: Node, public: Address) -> None:
 
 
 def _underlay_fault(node: Node, way: Way, device: Device | None, public: Address) -> tuple[str | None, str]:
-    frames = VXLAN_OVERHEAD if public.version == 4 else VXLAN_OVERHEAD_V6
+    frames = VXLAN_OVERHEAD[public.version]
     overhead, mtu = {"udp": UDP_OVERHEAD, "vxlan": frames}.get(node.status.type, 0), _most(node, public)
     if device is None:
         return f"device {way.device} is gone", "ip link"

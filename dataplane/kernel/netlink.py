@@ -164,12 +164,6 @@ class Netlink:
         return missing or bool(stale)
 
     @_in_worker
-    def remove_address(self, name: str, address: IPv4Interface | IPv6Interface) -> bool:
-        """Take the address from the device; False where device or address is absent already."""
-        link = self._find(name)
-        return link is not None and self._delete_address(name, link.index, address)
-
-    @_in_worker
     def ensure_route(self, destination: IPv4Network | IPv6Network, name: str) -> bool:
         """Route `destination` through the device, without gateway and source; True if it was not so.
 
@@ -188,16 +182,6 @@ class Netlink:
             self._socket.route(
                 "add", dst=str(destination), oif=index, scope=RT_SCOPE_UNIVERSE, proto=RTPROT_BOOT, table=RT_TABLE_MAIN
             )
-        return True
-
-    @_in_worker
-    def remove_route(self, destination: IPv4Network | IPv6Network, name: str) -> bool:
-        """Remove the route through this device only; False where device or route is absent already."""
-        link = self._find(name)
-        if link is None or not any(route.device_index == link.index for route in self._routes(destination)):
-            return False
-        with translated(f"remove route {destination} dev {name}"):
-            self._socket.route("del", dst=str(destination), oif=link.index, table=RT_TABLE_MAIN)
         return True
 
     @_in_worker
@@ -254,7 +238,7 @@ class Netlink:
             kind = present.kind or "hardware"
             raise KernelError(f"cannot make vxlan device {name}: a {kind} device has that name; remove or rename it")
         if present is None or not _alike(present.vxlan, vxlan):
-            mac = mac or (present.address if present else _random_mac())
+            mac = mac or (present.address if present else random_mac().hex(":"))
             self._make_vxlan(name, vxlan, mac, mtu, present)
         elif present.vxlan != vxlan:
             changes = {**_local(vxlan), "vxlan_link": vxlan.lower, "vxlan_learning": int(vxlan.learning)}
@@ -373,10 +357,11 @@ def _local(vxlan: Vxlan) -> dict[str, str | int]:
     return {"vxlan_local" if vxlan.local.version == 4 else "vxlan_local6": str(vxlan.local)}
 
 
-def _random_mac() -> str:
-    """Unicast and locally administered. Given at creation, so that udev leaves it alone (MACAddressPolicy)."""
+def random_mac() -> bytes:
+    """Unicast and locally administered, as flannel's (pkg/mac/mac.go). What a device is created with, udev leaves alone
+    (MACAddressPolicy)."""
     first, *others = secrets.token_bytes(6)
-    return bytes((first & 0xFC | 0x02, *others)).hex(":")
+    return bytes((first & 0xFC | 0x02, *others))
 
 
 def refuse_router_advertisements(name: str) -> bool:

@@ -15,11 +15,12 @@ from dataplane.errors import DropReason
 UDP_OVERHEAD = 28
 """Bytes that flannel's udp mode adds: outer IPv4 header 20, UDP header 8, nothing of its own."""
 
-VXLAN_OVERHEAD = 50
-"""Bytes that VXLAN adds over IPv4: outer IP 20, UDP 8, VXLAN 8, Ethernet 14."""
+VXLAN_OVERHEAD = {4: 50, 6: 70}
+"""Bytes that VXLAN adds, by outer IP version: IP 20 or 40, UDP 8, VXLAN 8, Ethernet 14. (Flannel's FLANNEL_MTU is 20
+too large over IPv6, facts 5.2.)"""
 
-VXLAN_OVERHEAD_V6 = 70
-"""The same over IPv6."""
+LEAST_MTU = {4: 68, 6: 1280}
+"""By IP version: what every link takes (RFC 791, RFC 8200)."""
 
 UDP_PORT = 8285
 """flannel's default port of the udp backend (pkg/backend/udp/udp_amd64.go)."""
