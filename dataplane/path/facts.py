@@ -74,6 +74,7 @@ class PumpCounters(TypedDict):
     messages: int
     calls: int
     wakeups: int
+    partings: int
     icmp_errors: int
     wrong_checksums: int
     events_lost: int

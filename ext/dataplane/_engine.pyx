@@ -245,6 +245,7 @@ cdef dict pump_counters(pump_state* pump):
         "messages": pump.messages,
         "calls": pump.calls,
         "wakeups": pump.wakeups,
+        "partings": pump.partings,
         "icmp_errors": pump.icmp_errors,
         "wrong_checksums": pump.wrong_checksums,
         "events_lost": pump.events_lost,

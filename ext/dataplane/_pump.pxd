@@ -27,6 +27,7 @@ cdef struct pump_state:
     uint64_t messages        # TX: runs sent; RX: messages received
     uint64_t calls           # sends or receives asked of the kernel
     uint64_t wakeups
+    uint64_t partings        # TX: how often it went to the TX thread
     uint64_t icmp_errors
     uint64_t wrong_checksums # RX: of inner packets, where merging looked at them
     uint64_t drops[DROP_REASONS]
@@ -153,18 +154,21 @@ cdef inline int sleep_on(engine_state* engine, pump_state* pump, pollfd* watched
 cdef inline void part(engine_state* engine) noexcept nogil:
     """Leave TX to the TX thread; only by the RX thread, between two batches of TX."""
     if not load_u64(&engine.apart):
+        engine.tx.partings += 1
         store_u64(&engine.apart, 1)
         eventfd_write(engine.tx_bell, 1)
 
 
-cdef inline void wait_for_room(engine_state* engine, pump_state* pump, int fd) noexcept nogil:
-    """Sleep until `fd` takes more or the engine stops."""
-    cdef pollfd watched[2]
+cdef inline void wait_for_room(engine_state* engine, pump_state* pump, int fd, int bell) noexcept nogil:
+    """Sleep until `fd` takes more, the engine stops, or the bell rings (-1: none)."""
+    cdef pollfd watched[3]
     watched[0].fd = fd
     watched[0].events = POLLOUT
     watched[1].fd = engine.stop_fd
     watched[1].events = POLLIN
-    sleep_on(engine, pump, watched, 2, -1)
+    watched[2].fd = bell
+    watched[2].events = POLLIN
+    sleep_on(engine, pump, watched, 3, -1)
 
 
 cdef inline void park(engine_state* engine, pump_state* pump, int error) noexcept nogil:

@@ -141,10 +141,13 @@ cdef inline void note_unknown(engine_state* engine, rx_state* rx, u128 address, 
 cdef inline int write_patiently(engine_state* engine, virtio_net_hdr* header, iovec* parts, int count) noexcept nogil:
     """0 or -errno; a TUN that would block is waited for."""
     cdef int error = tun_write_parts(engine.tun, header, parts, count)
+    cdef uint64_t ignored
     while (error == -EAGAIN or error == -EINTR) and not stopping(engine):
         if error == -EAGAIN:
-            part(engine)  # whoever is to take these packets may wait until theirs are taken
-            wait_for_room(engine, &engine.rx, engine.tun)
+            # whoever is to take these packets may wait until theirs are taken: TX goes, and again when it comes back
+            eventfd_read(engine.rx_bell, &ignored)
+            part(engine)
+            wait_for_room(engine, &engine.rx, engine.tun, engine.rx_bell)
         error = tun_write_parts(engine.tun, header, parts, count)
     return error
 

@@ -147,22 +147,21 @@ cdef inline void drop_unsent(engine_state* engine, tx_state* tx, const udp_run* 
 
 
 cdef inline int send_patiently(engine_state* engine, int fd, mmsghdr* messages, uint32_t count) noexcept nogil:
-    """How many messages left, at least one; else -errno of the first. A full socket buffer is waited for, while the
-    TUN's queue holds what comes."""
+    """How many messages left, at least one; else -errno of the first. A full socket buffer is waited for until the
+    engine stops, while the TUN's queue holds what comes."""
     cdef int sent, shortages = 0
-    while not stopping(engine):
+    while True:
         sent = sendmmsg(fd, messages, count, MSG_DONTWAIT)
         engine.tx.calls += 1
         if sent > 0:
             return sent
-        if errno == EAGAIN:
-            wait_for_room(engine, &engine.tx, fd)
+        if errno == EAGAIN and not stopping(engine):
+            wait_for_room(engine, &engine.tx, fd, -1)
         elif errno == ENOBUFS and shortages < 3:
             shortages += 1
             rest(engine)
         elif errno != EINTR:
             return -errno
-    return -EINTR
 
 
 cdef inline void send_singly(engine_state* engine, tx_state* tx, udp_run* run) noexcept nogil:
@@ -214,7 +213,7 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
     seal_outbox(outbox)
     if engine.tx.taps != NULL:
         tx.tap_ns = wall_ns()
-    while done < outbox.count and not stopping(engine):
+    while done < outbox.count:
         run = &outbox.runs[outbox.order[done]]
         together = 1
         while done + together < outbox.count and outbox.runs[outbox.order[done + together]].socket == run.socket:

@@ -37,9 +37,9 @@ class Rig:
         capabilities: Collection[Capability] = (),
     ) -> None:
         """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
-        self.pods, self._tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.pods, self.tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.pods.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE: room for superframes
-        self._tun.setblocking(False)
+        self.tun.setblocking(False)
         self.pods.settimeout(5)
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._udp.bind((str(LOCAL), 0))
@@ -49,9 +49,10 @@ class Rig:
         self.peer = self.node(PEER)
         self.peer.setsockopt(socket.SOL_SOCKET, underlay.SO_RCVBUFFORCE, 8 << 20)  # whoever reads it may be starved
         self.events: list[PathEvent] = []
+        self.outer = Outer(self._udp.fileno(), self.port)
         self.path = Datapath(
-            self._tun.fileno(),
-            Outer(self._udp.fileno(), self.port),
+            self.tun.fileno(),
+            self.outer,
             [IcmpSender(self._icmp.fileno(), OURS.network_address)],
             mtu=1472,
             source_check=check,
@@ -89,7 +90,7 @@ class Rig:
 
     async def close(self) -> None:
         await self.path.stop()
-        for end in (self.pods, self._tun, self._udp, self._icmp, self.peer):
+        for end in (self.pods, self.tun, self._udp, self._icmp, self.peer):
             end.close()
 
 

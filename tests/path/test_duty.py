@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import random
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +17,9 @@ BURSTS = 4
 BURST = 3000
 TURN = 200
 """Packets that are under way at most: the stand-ins for devices and sockets hold them all."""
+REWIRED = 200
+QUESTIONS = 100
+UNREAD = 100
 
 
 @pytest.fixture
@@ -22,8 +28,9 @@ async def rig() -> AsyncIterator[Rig]:
         yield made
 
 
-def tx_sleeps(rig: Rig) -> int:
-    return rig.path.statistics().tx["wakeups"]
+def partings(rig: Rig) -> int:
+    """How often TX went to its thread."""
+    return rig.path.statistics().tx["partings"]
 
 
 def ping(rig: Rig) -> None:
@@ -37,13 +44,18 @@ def ping(rig: Rig) -> None:
 async def test_one_thread_carries_questions_and_answers(rig: Rig) -> None:
     for _ in range(100):
         ping(rig)
-    assert tx_sleeps(rig) <= 1  # until it is called, which it never is
+    assert partings(rig) == 0
+
+
+@functools.cache
+def numbered(source: str, destination: str) -> list[bytes]:
+    """BURST packets; made once, which takes longer than to carry them."""
+    return [packet(source, destination, number.to_bytes(4)) for number in range(BURST)]
 
 
 def flood(rig: Rig) -> None:
     """As much as fits, both ways at once; it arrives whole and in order."""
-    there = [packet("10.5.1.2", "10.5.2.9", number.to_bytes(4)) for number in range(BURST)]
-    back = [packet("10.5.2.9", "10.5.1.2", number.to_bytes(4)) for number in range(BURST)]
+    there, back = numbered("10.5.1.2", "10.5.2.9"), numbered("10.5.2.9", "10.5.1.2")
     for first in range(0, BURST, TURN):
         for number in range(first, first + TURN):
             rig.send_from_peer(back[number])
@@ -54,15 +66,16 @@ def flood(rig: Rig) -> None:
 
 async def test_two_threads_carry_a_flood_and_one_what_comes_later(rig: Rig) -> None:
     for _ in range(BURSTS):
-        before = tx_sleeps(rig)
+        before = partings(rig)
         async with asyncio.timeout(60):
-            while tx_sleeps(rig) == before:  # a batch may always have met an empty queue
+            while partings(rig) == before:  # a batch may always have met an empty queue
                 await asyncio.to_thread(flood, rig)
-        ping(rig)
         await settled(rig)
-        sleeps = tx_sleeps(rig)
+        before = partings(rig)
+        sleeps = rig.path.statistics().tx["wakeups"]
         ping(rig)
-        assert tx_sleeps(rig) == sleeps
+        assert rig.path.statistics().tx["wakeups"] == sleeps, "the TX thread had no part in it"
+        assert partings(rig) == before
     assert not rig.drops()
 
 
@@ -70,14 +83,40 @@ async def settled(rig: Rig) -> None:
     """TX has been quiet for so long that its thread has given it back."""
     async with asyncio.timeout(30):
         before = -1
-        while (now := tx_sleeps(rig)) != before:
+        while (now := rig.path.statistics().tx["wakeups"]) != before:
             before = now
             await asyncio.sleep(0.2)
 
 
 async def test_a_stop_ends_both_threads_in_either_mode(rig: Rig) -> None:
-    before = tx_sleeps(rig)
     async with asyncio.timeout(60):
-        while tx_sleeps(rig) == before:
+        while not partings(rig):
             await asyncio.to_thread(flood, rig)
         await rig.path.stop()
+
+
+async def test_a_batch_that_a_stop_meets_is_carried_to_its_end(rig: Rig) -> None:
+    """Stopped and started again under load, whoever carries what: both queues hold what comes meanwhile."""
+    flooding = asyncio.create_task(asyncio.to_thread(flood, rig))
+    for _ in range(REWIRED):
+        await rig.path.rewire(rig.outer, 1472)
+        if flooding.done():
+            await flooding
+            flooding = asyncio.create_task(asyncio.to_thread(flood, rig))
+        await asyncio.sleep(random.uniform(0, 0.01))
+    await flooding
+    assert not rig.drops()
+
+
+async def test_a_pod_that_does_not_read_can_send(rig: Rig) -> None:
+    """The RX thread waits until it does, far longer than TX is quiet."""
+    rig.tun.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)  # the least: a few packets
+    there, back = numbered("10.5.1.2", "10.5.2.9")[:QUESTIONS], numbered("10.5.2.9", "10.5.1.2")[:UNREAD]
+    for sent in back:
+        rig.send_from_peer(sent)
+    for sent in there:
+        await asyncio.sleep(random.uniform(0, 0.03))
+        rig.send_from_pod(sent)
+        assert rig.peer.recv(70000) == sent
+    assert [rig.read_at_pod() for _ in back] == back
+    assert not rig.drops()
