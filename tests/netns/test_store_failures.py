@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,70 +145,84 @@ def test_the_server_is_slow(make_lab: MakeLab) -> None:
         until("the daemons are calm", lambda: calm(lab))
 
 
+class Cluster:
+    """Three members of etcd in a lab: the lab's own and two that join it, each at ports of its own."""
+
+    NAMES = ("lab", "two", "three")
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._clients = dict(zip(self.NAMES, (2379, 2381, 2383), strict=True))
+        self.members = {name: Server(lab, "etcd" if name == "lab" else f"etcd-{name}") for name in self.NAMES}
+        for name in self.NAMES[1:]:
+            self._join(name)
+
+    def url(self, name: str, *, of_peers: bool = False) -> str:
+        return f"http://{plan.SWITCH_ADDRESS.ip}:{self._clients[name] + of_peers}"
+
+    @property
+    def endpoints(self) -> str:
+        return ",".join(map(self.url, self.NAMES))
+
+    def _join(self, name: str) -> None:
+        client, peer = self.url(name), self.url(name, of_peers=True)
+        added = ("member", "add", name, f"--peer-urls={peer}")
+        until("the cluster takes a member", lambda: self._lab.etcdctl(*added, check=False).returncode == 0, 40)
+        known = self.NAMES[: self.NAMES.index(name) + 1]
+        self.members[name].start([
+            *("etcd", f"--name={name}", f"--data-dir={self._lab.directory}/etcd-{name}", "--log-level=warn"),
+            *(f"--listen-client-urls={client}", f"--advertise-client-urls={client}"),
+            *(f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"),
+            f"--initial-cluster={','.join(f'{each}={self.url(each, of_peers=True)}' for each in known)}",
+            "--initial-cluster-state=existing",
+        ])  # fmt: skip
+        until("the member is there", lambda: healthy(self._lab), 40)
+
+    def at(self, urls: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """etcdctl of these members alone."""
+        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={urls}", *arguments]
+        return self._lab.run("switch", argv, stdin=stdin, check=False)
+
+    def leader(self) -> str | None:
+        """By name; None while the members do not agree on one."""
+        done = self.at(self.endpoints, "endpoint", "status", "-w", "json")
+        rows = json.loads(done.stdout) if done.returncode == 0 else []
+        leading = [row["Endpoint"] for row in rows if row["Status"]["leader"] == row["Status"]["header"]["member_id"]]
+        return next((name for name in self.NAMES if self.url(name) in leading), None)
+
+    def move_leader(self) -> None:
+        old = until("a leader", self.leader)
+        rows = json.loads(self._lab.etcdctl("member", "list", "-w", "json").stdout)["members"]
+        target = next(f"{row['ID']:x}" for row in rows if row["name"] != old)
+        until("the leader moves", lambda: self.at(self.url(old), "move-leader", target).returncode == 0)
+
+    def close(self) -> None:
+        """End the members that joined; the lab ends its own."""
+        for name in self.NAMES[1:]:
+            self.members[name].kill()
+
+
 def test_the_leader_moves_and_dies(make_lab: MakeLab) -> None:
     lab = make_lab(2, store="etcd")
-    first = Server(lab)
-    ip = plan.SWITCH_ADDRESS.ip
-    names = {"lab": (2379, 2380), "two": (2381, 2382), "three": (2383, 2384)}
-    urls = {name: f"http://{ip}:{client}" for name, (client, _) in names.items()}
-    (pid_argv,) = [Path(f"/proc/{first.pid}/cmdline").read_text().rstrip("\0").split("\0")]
-    cluster = f"lab=http://{ip}:2380"
-    for name in ("two", "three"):
-        client, peer = names[name]
-        added = ("member", "add", name, f"--peer-urls=http://{ip}:{peer}")
-        until("the cluster takes a member", lambda a=added: lab.etcdctl(*a, check=False).returncode == 0, 40)  # type: ignore[misc]  # bound at once
-        cluster += f",{name}=http://{ip}:{peer}"
-        argv = [
-            *("etcd", f"--name={name}", f"--data-dir={lab.directory}/etcd-{name}", "--log-level=warn"),
-            *(f"--listen-client-urls=http://{ip}:{client}", f"--advertise-client-urls=http://{ip}:{client}"),
-            *(f"--listen-peer-urls=http://{ip}:{peer}", f"--initial-advertise-peer-urls=http://{ip}:{peer}"),
-            *(f"--initial-cluster={cluster}", "--initial-cluster-state=existing"),
-        ]
-        Server(lab, f"etcd-{name}").start(argv)
-        until("the member is there", lambda: healthy(lab), 40)
-    endpoints = ",".join(urls.values())
-
-    def at(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """etcdctl of one member alone."""
-        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={url}", *arguments]
-        return lab.run("switch", argv, stdin=stdin, check=False)
-
-    def leader() -> str | None:
-        done = at(endpoints, "endpoint", "status", "-w", "json")
-        if done.returncode != 0:
-            return None
-        for row in json.loads(done.stdout):
-            if row["Status"]["leader"] == row["Status"]["header"]["member_id"]:
-                url: str = row["Endpoint"]
-                return url
-        return None
-
-    def members_by_name() -> dict[str, str]:
-        rows = json.loads(lab.etcdctl("member", "list", "-w", "json").stdout)["members"]
-        return {row["name"]: f"{row['ID']:x}" for row in rows}
-
-    until("the members agree", leader)
-    for node in lab.nodes.values():
-        node.stop_daemon()
-        node.start_daemon(f"-etcd-endpoints={endpoints}")
-        node.wait_ready()
-    lab.settle()
-    until("the overlay works", lambda: reaches(lab, "n1-p1", "n2-p1"))
-    ids = members_by_name()
-    with unharmed(lab):
-        old = until("a leader", leader)
-        target = next(name for name in names if urls[name] != old)
-        until("the leader moves", lambda: at(old, "move-leader", ids[target]).returncode == 0)
-        put_lease(lab, HAND_MADE, lease_text("198.18.7.1"))
-        until("the daemons follow the new leader", lambda: follows(lab, "198.18.7.1"))
-        # the member that all daemons speak to dies, and it may be the leader
-        assert first.kill() == pid_argv
-        until("two members go on", lambda: at(urls["two"], "endpoint", "health").returncode == 0, 40)
-        assert at(urls["two"], "put", SUBNETS + HAND_MADE, stdin=lease_text("198.18.7.2")).returncode == 0
-        until("the daemons follow at another endpoint", lambda: follows(lab, "198.18.7.2"), 40)
-        until("the daemons are calm", lambda: calm(lab))
-    for name in ("two", "three"):
-        Server(lab, f"etcd-{name}").kill()
+    with closing(Cluster(lab)) as cluster:
+        until("the members agree", cluster.leader)
+        for node in lab.nodes.values():
+            node.stop_daemon()
+            node.start_daemon(f"-etcd-endpoints={cluster.endpoints}")
+            node.wait_ready()
+        lab.settle()
+        until("the overlay works", lambda: reaches(lab, "n1-p1", "n2-p1"))
+        with unharmed(lab):
+            cluster.move_leader()
+            put_lease(lab, HAND_MADE, lease_text("198.18.7.1"))
+            until("the daemons follow the new leader", lambda: follows(lab, "198.18.7.1"))
+            # the member that all daemons speak to dies, and it may be the leader
+            cluster.members["lab"].kill()
+            two = cluster.url("two")
+            until("two members go on", lambda: cluster.at(two, "endpoint", "health").returncode == 0, 40)
+            assert cluster.at(two, "put", SUBNETS + HAND_MADE, stdin=lease_text("198.18.7.2")).returncode == 0
+            until("the daemons follow at another endpoint", lambda: follows(lab, "198.18.7.2"), 40)
+            until("the daemons are calm", lambda: calm(lab))
 
 
 @contextmanager
