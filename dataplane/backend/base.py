@@ -6,8 +6,8 @@ traffic to the nodes that hold the other leases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -79,6 +79,11 @@ class BackendStatus:
     """How often something that others had taken away from the kernel, or changed there, was put right."""
     queues: Queues | None = None
     """None where the kernel carries the packets."""
+    pumps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What the pumps of a direction, `tx` or `rx`, have counted together since the device was opened last: `packets`
+    and `bytes` of inner packets; `superframes` taken or written; `messages`, each a run of datagrams; system `calls`
+    that sent or received them; `wakeups`; `icmp_errors` told to pods; inner `wrong_checksums`; `events_lost`, reports
+    that nobody took in time. Empty where the kernel carries the packets."""
 
 
 class Backend(Protocol):

@@ -13,6 +13,7 @@ import itertools
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from dataplane.path.facts import (
     PathEvent,
     PathEventKind,
     PathStatistics,
+    PumpCounters,
     RouteCounters,
     SourceCheck,
     Vxlan,
@@ -382,7 +384,16 @@ def tunnels_status(kind: str, mtu: int, tunnels: Collection[Tunnel]) -> BackendS
         capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
         repairs=sum(tunnel.repairs for tunnel in tunnels),
         queues=min((tunnel.queues for tunnel in tunnels), key=lambda queues: queues.used, default=None),
+        pumps={"tx": _totals([statistics.tx for statistics in found]), "rx": _totals([s.rx for s in found])},
     )
+
+
+def _totals(pumps: Collection[PumpCounters]) -> dict[str, int]:
+    """The sums of one direction over all tunnels; drops are told by themselves."""
+    total: Counter[str] = Counter()
+    for pump in pumps:
+        total.update({name: count for name, count in pump.items() if isinstance(count, int)})
+    return dict(total)
 
 
 def _peer_status(route: RouteCounters, now: float) -> PeerStatus:

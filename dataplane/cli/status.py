@@ -82,6 +82,8 @@ def _watch(path: str, document: dict[str, Any], *, as_json: bool) -> None:
 def page(document: dict[str, Any], before: dict[str, Any] | None = None, seconds: float = 1.0) -> str:
     """What a person reads; with rates where an earlier document is given, `seconds` older."""
     lines = [*_node_lines(document), "", _peer_table(document, before, seconds)]
+    if before is not None:
+        lines += _pump_lines(document.get("pumps", {}), before.get("pumps", {}), seconds)
     lines += _trouble_lines(document, before, seconds)
     return "\n".join(lines)
 
@@ -160,6 +162,19 @@ def _heard(idle: float | None) -> str:
     if idle is None:
         return "never"
     return "now" if idle < 2 else f"{idle:.0f} s ago" if idle < 120 else f"{idle / 60:.0f} min ago"
+
+
+def _pump_lines(pumps: dict[str, Any], earlier: dict[str, Any], seconds: float) -> list[str]:
+    """How many packets share one datagram run or message: what a userspace path lives by. Nothing of a direction in
+    which nothing was carried meanwhile, or whose device was made anew."""
+    lines = []
+    for direction, unit in (("tx", "run"), ("rx", "message")):
+        now, then = pumps.get(direction), earlier.get(direction)
+        if now and then and now["packets"] > then["packets"]:
+            packets, messages, wakeups = (now[name] - then[name] for name in ("packets", "messages", "wakeups"))
+            rates = f"{packets / seconds:.0f} packets/s, {packets / max(messages, 1):.1f} a {unit}"
+            lines.append(f"{direction.upper():<4}{rates}; {wakeups / seconds:.0f} wake-ups/s")
+    return ["", *lines] if lines else []
 
 
 def _trouble_lines(document: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> list[str]:

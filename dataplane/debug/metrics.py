@@ -1,7 +1,7 @@
 """Owns the page that Prometheus reads: the status document as metrics, in the text format 0.0.4.
 
-Free of IO and of counting: the counters are the path's own, looked at when somebody asks. Invariant: a name stands once
-with its HELP and TYPE, a counter never goes down while the daemon lives, and labels are escaped whatever they hold.
+Free of IO and of counting: the counters are the path's own, looked at when somebody asks, and begin anew with the
+device. Invariant: a name stands once with its HELP and TYPE, and labels are escaped whatever they hold.
 """
 
 from __future__ import annotations
@@ -16,6 +16,16 @@ _PEER = (
     ("tx_bytes", "loden_peer_tx_bytes_total", "Bytes of inner packets sent to a peer."),
     ("rx_packets", "loden_peer_rx_packets_total", "Inner packets received from a peer."),
     ("rx_bytes", "loden_peer_rx_bytes_total", "Bytes of inner packets received from a peer."),
+)
+
+_PUMP = (
+    ("packets", "loden_pump_packets_total", "Inner packets carried."),
+    ("superframes", "loden_pump_superframes_total", "Superframes taken from the device, or written to it."),
+    ("messages", "loden_pump_messages_total", "Runs of datagrams sent, or messages received."),
+    ("calls", "loden_pump_calls_total", "System calls that sent or received them."),
+    ("wakeups", "loden_pump_wakeups_total", "How often a pump was woken."),
+    ("wrong_checksums", "loden_pump_wrong_checksums_total", "Packets delivered with a wrong inner checksum."),
+    ("icmp_errors", "loden_pump_icmp_errors_total", "ICMP errors told to pods."),
 )
 
 
@@ -41,6 +51,7 @@ def page(document: Mapping[str, Any]) -> str:
             document.get("udp_errors"),
         ),
         *_capabilities(document),
+        *_pumps(document.get("pumps", {})),
     ]
     if "mtu" in document:
         lines += _metric("loden_mtu_bytes", "gauge", "What a pod may send in one packet.", [({}, document["mtu"])])
@@ -93,6 +104,14 @@ def _capabilities(document: Mapping[str, Any]) -> list[str]:
     states = document.get("capabilities", {})
     samples = [({"capability": word}, state == "on") for word, state in states.items()]
     return _metric("loden_capability", "gauge", "1 if what the kernel may do for the path is on.", samples)
+
+
+def _pumps(pumps: Mapping[str, Mapping[str, int]]) -> list[str]:
+    lines = []
+    for key, name, text in _PUMP:
+        samples = [({"direction": direction}, counts[key]) for direction, counts in pumps.items() if key in counts]
+        lines += _metric(name, "counter", text, samples)
+    return lines
 
 
 def _metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[str]:

@@ -49,6 +49,7 @@ def backend_document(status: BackendStatus) -> dict[str, Any]:
         "capabilities": {capability.word: state for capability, state in status.capabilities.items()},
         "ignored": {str(subnet): reason for subnet, reason in status.ignored.items()},
         "repairs": status.repairs,
+        "pumps": status.pumps,
         "queues": dataclasses.asdict(status.queues) if status.queues else None,
     }
 

@@ -45,6 +45,8 @@ def test_both_versions_travel_over_ipv4_through_one_device(version: int) -> None
         (counted,) = [peer for peer in status.peers if peer.subnet.version == version]
         assert counted.tx_packets > 0
         assert counted.rx_packets > 0
+        assert status.pumps["tx"]["packets"] == counted.tx_packets
+        assert status.pumps["rx"]["packets"] == counted.rx_packets
         (other,) = [peer for peer in status.peers if peer.subnet.version != version]
         assert (other.tx_packets, other.rx_packets) == (0, 0), "each subnet has counters of its own"
         assert set(one.drops()) <= {"NO_ROUTE"}, "the kernel tells its groups to nobody"

@@ -40,6 +40,10 @@ FULL = EARLY | {
     "unknown_sources": {"198.18.1.9": 12},
     "capabilities": {"udp-segment": "on", "tun-uso": "off: switched off"},
     "udp_errors": {"InCsumErrors": 5},
+    "pumps": {
+        direction: dict.fromkeys(("packets", "superframes", "messages", "calls", "wakeups", "wrong_checksums"), count)
+        for direction, count in (("tx", 11), ("rx", 22))
+    },
 }
 
 
@@ -79,6 +83,8 @@ def test_every_number_is_there_under_its_name() -> None:
     assert samples[("loden_store_reached", labels())] == 1
     assert samples[("loden_leases_rejected", labels())] == 1
     assert samples[("loden_mtu_bytes", labels())] == 1472
+    assert samples[("loden_pump_messages_total", labels(direction="tx"))] == 11
+    assert samples[("loden_pump_wrong_checksums_total", labels(direction="rx"))] == 22
 
 
 def test_a_fenced_lease_is_not_held() -> None:

@@ -6,6 +6,7 @@ Every fault is taken back before the next; the tests of this file share the lab 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -332,11 +333,17 @@ def test_status_lives_with_rates_or_as_json(lab: Lab) -> None:
             assert process.stdout is not None
             first = process.stdout.readline()
             page = [first] + [process.stdout.readline() for _ in range(0 if words else 7)]
+            lab.ping("n1-p1", "n2-p1", count=20)  # over the borders of seconds
+            for _ in range(0 if words else 40):
+                page.append(process.stdout.readline())
+                if "RX  " in page[-1]:
+                    break
             process.kill()
         if words:
-            assert json.loads(first)["backend"] == "udp"
+            assert json.loads(first)["pumps"]["tx"].keys() == json.loads(first)["pumps"]["rx"].keys()
         else:
             assert any("TX packets/s" in line for line in page), page
+            assert re.search(r"^RX  \d+ packets/s, \d\.\d a message; \d+ wake-ups/s$", page[-1]), page
 
 
 @pytest.mark.parametrize("verb", [("status",), ("explain", "10.244.1.2"), ("capture",)])
