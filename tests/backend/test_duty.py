@@ -7,17 +7,15 @@ tests/path/test_duty.py.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
-import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.backend.test_queues import settled, two_nodes
 from tests.backend.tunnels import UDP_SEGMENT, Node, ping, wait_until
+from tests.pumps import held_back, on_our_processor
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 
@@ -74,28 +72,6 @@ class Flow:
         self._outgoing.close()
 
 
-@contextlib.contextmanager
-def on_our_processor(pumps: list[int]) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    ours = {min(before)}
-    for thread in (0, *pumps):
-        os.sched_setaffinity(thread, ours)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def held_back(pumps: list[int]) -> Iterator[None]:
-    """While the block runs, on the same processor, they do not: what the block sends fills the queues."""
-    for thread in pumps:
-        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-    yield
-    for thread in pumps:
-        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
-
-
 def burst(flows: list[Flow], queues: int) -> None:
     for number in range(SINGLE * queues):
         for position, flow in enumerate(flows):
@@ -117,9 +93,7 @@ def test_nothing_is_lost_doubled_or_overtaken_while_tx_changes_hands(wire: str, 
         flows = [Flow(*way, PORT + number) for number in range(FLOWS) for way in ((one, two), (two, one))]
         for flow in flows:
             stack.callback(flow.close)
-        threads = [each for each in threading.enumerate() if each.name.startswith(("loden-tx", "loden-rx"))]
-        pumps = [each.native_id or 0 for each in threads]
-        stack.enter_context(on_our_processor(pumps))
+        pumps = stack.enter_context(on_our_processor())
         deadline = time.monotonic() + 200
         while changes(one) + changes(two) < CHANGES:
             assert time.monotonic() < deadline, (changes(one), changes(two))

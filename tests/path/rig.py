@@ -38,13 +38,15 @@ class Rig:
     ) -> None:
         """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
         self.pods, self.tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.pods.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE: room for superframes
+        for end in (self.pods, self.tun):
+            end.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE: room for superframes, and for bursts
         self.tun.setblocking(False)
         self.pods.settimeout(5)
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._udp.bind((str(LOCAL), 0))
         self.port = self._udp.getsockname()[1]
         self._udp.setblocking(False)
+        self._udp.setsockopt(socket.SOL_SOCKET, underlay.SO_RCVBUFFORCE, 8 << 20)
         self._icmp = icmp or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.peer = self.node(PEER)
         self.peer.setsockopt(socket.SOL_SOCKET, underlay.SO_RCVBUFFORCE, 8 << 20)  # whoever reads it may be starved
