@@ -30,10 +30,19 @@ class Flavour(enum.Enum):
 
 
 ARGUMENTS = {
-    Flavour.SHIPPED: ["-O3", *COMMON],
-    Flavour.SANITIZED: ["-O1", "-g1", "-fno-omit-frame-pointer", *COMMON, *SANITIZE],
-    Flavour.CHECKED: ["-O0", *COMMON],
+    Flavour.SHIPPED: COMMON,
+    Flavour.SANITIZED: ["-g1", "-fno-omit-frame-pointer", *COMMON, *SANITIZE],
+    Flavour.CHECKED: COMMON,
 }
+UNUSED = "_rehearsal"
+"""The pumps' ways once more, and so much to compile; the packet tests go through the pumps."""
+
+
+def optimization(flavour: Flavour, name: str) -> str:
+    """Millions of executions are worth compiling well; below a Python test that takes longer than it gives back."""
+    if flavour is Flavour.SHIPPED:
+        return "-O3"
+    return "-O1" if name == "_fuzz" else "-O0"
 
 
 def build_fuzzer(into: Path, flavour: Flavour = Flavour.SHIPPED) -> None:
@@ -41,8 +50,9 @@ def build_fuzzer(into: Path, flavour: Flavour = Flavour.SHIPPED) -> None:
     _build(into, flavour, {"_fuzz": FUZZ / "_fuzz.pyx"}, ROOT)
 
 
-def build_tree(into: Path, flavour: Flavour) -> None:
-    """A copy of the checkout in which the packet path and the fuzz targets are compiled that way, to run tests in."""
+def build_tree(into: Path, flavour: Flavour, *, fuzz: bool) -> None:
+    """A copy of the checkout in which the packet path, with `fuzz` also the fuzz targets, is compiled that way, to run
+    tests/path in."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     for name in COPIED:
@@ -50,8 +60,9 @@ def build_tree(into: Path, flavour: Flavour) -> None:
             shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(ROOT / name, into / name)
-    modules = {f"dataplane.{source.stem}": source for source in sorted((into / "ext/dataplane").glob("*.pyx"))}
-    _build(into, flavour, {**modules, "_fuzz": into / "tests/fuzz/_fuzz.pyx"}, into)
+    sources = [source for source in sorted((into / "ext/dataplane").glob("*.pyx")) if source.stem != UNUSED]
+    modules = {"_fuzz": into / "tests/fuzz/_fuzz.pyx"} if fuzz else {}
+    _build(into, flavour, modules | {f"dataplane.{source.stem}": source for source in sources}, into)
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -86,7 +97,7 @@ def _compile(into: Path, flavour: Flavour, sources: Path, modules: dict[str, str
             name,
             [path],
             include_dirs=[str(sources / "ext/dataplane")],
-            extra_compile_args=ARGUMENTS[flavour],
+            extra_compile_args=[*ARGUMENTS[flavour], optimization(flavour, name)],
             extra_link_args=SANITIZE if flavour is Flavour.SANITIZED else [],
         )
         for name, path in modules.items()

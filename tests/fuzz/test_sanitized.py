@@ -42,7 +42,7 @@ def run_packet_tests(tree: Path, environment: dict[str, str], without: Sequence[
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("sanitized") / "tree"
-    build_tree(tree, Flavour.SANITIZED)
+    build_tree(tree, Flavour.SANITIZED, fuzz=True)
     return tree
 
 
@@ -67,5 +67,5 @@ def test_packet_tests_pass_with_sanitizers(sanitized: Path) -> None:
 
 
 def test_packet_tests_pass_with_cythons_checks(tmp_path: Path) -> None:
-    build_tree(tmp_path / "tree", Flavour.CHECKED)
+    build_tree(tmp_path / "tree", Flavour.CHECKED, fuzz=False)
     run_packet_tests(tmp_path / "tree", dict(os.environ))
