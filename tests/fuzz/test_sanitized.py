@@ -33,6 +33,7 @@ def run_packet_tests(tree: Path, environment: dict[str, str], without: Sequence[
     files = where.stdout.split()
     assert all(Path(file).is_relative_to(tree) for file in files), f"not the copy is tested: {files}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "tests/path"]
+    command += ["--timeout", "3600"]  # below the sanitizers one test can take minutes; what calls this has a limit too
     command += [argument for test in without for argument in ("--deselect", test)]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-8000:]}{done.stderr[-8000:]}"
