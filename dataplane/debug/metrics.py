@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Sample = tuple[Mapping[str, str], float]
+Sample = tuple[str, float]
+"""Labels as they are written (a peer has the same ones in many metrics), and the value."""
 
 _PEER = (
     ("tx_packets", "loden_peer_tx_packets_total", "Inner packets sent to a peer."),
@@ -33,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
     """All metrics of a status document; those of parts that there are not yet are left out."""
     lines = [
         *_metric("loden_info", "gauge", "1, with the daemon's version and backend.", [_info(document)]),
-        *_metric("loden_ready", "gauge", "1 if /readyz says ready.", [({}, document["ready"])]),
+        *_metric("loden_ready", "gauge", "1 if /readyz says ready.", [("", document["ready"])]),
         *_store(document),
         *_lease(document),
         *_peers(document.get("peers", ())),
@@ -54,32 +55,32 @@ def page(document: Mapping[str, Any]) -> str:
         *_pumps(document.get("pumps", {})),
     ]
     if "mtu" in document:
-        lines += _metric("loden_mtu_bytes", "gauge", "What a pod may send in one packet.", [({}, document["mtu"])])
+        lines += _metric("loden_mtu_bytes", "gauge", "What a pod may send in one packet.", [("", document["mtu"])])
     return "\n".join(lines) + "\n"
 
 
 def _info(document: Mapping[str, Any]) -> Sample:
     labels = {"version": document["version"], "backend": document.get("backend", ""), "store": document["store"]}
-    return labels, 1
+    return _labels(labels), 1
 
 
 def _store(document: Mapping[str, Any]) -> list[str]:
     if "store_error" not in document:
         return []
     reached = document["store_error"] in (None, "")
-    return _metric("loden_store_reached", "gauge", "1 if the lease store answered last time.", [({}, reached)])
+    return _metric("loden_store_reached", "gauge", "1 if the lease store answered last time.", [("", reached)])
 
 
 def _lease(document: Mapping[str, Any]) -> list[str]:
     lease = document.get("lease")
-    lines = _metric("loden_lease_held", "gauge", "1 if this node has a lease that is its own.", [({}, _held(lease))])
+    lines = _metric("loden_lease_held", "gauge", "1 if this node has a lease that is its own.", [("", _held(lease))])
     if lease:
         labels = {"subnet": lease["subnet"], "public_ip": lease["public_ip"]}
-        lines += _metric("loden_lease_info", "gauge", "1, with our lease.", [(labels, 1)])
+        lines += _metric("loden_lease_info", "gauge", "1, with our lease.", [(_labels(labels), 1)])
     for name, text in (("rejected", "not obeyed"), ("ignored", "not carried by this backend")):
         if name in document:
             count = len(document[name])
-            lines += _metric(f"loden_leases_{name}", "gauge", f"Leases of others that are {text}.", [({}, count)])
+            lines += _metric(f"loden_leases_{name}", "gauge", f"Leases of others that are {text}.", [("", count)])
     return lines
 
 
@@ -88,8 +89,8 @@ def _held(lease: Mapping[str, Any] | None) -> bool:
 
 
 def _peers(peers: Iterable[Mapping[str, Any]]) -> list[str]:
-    labelled = [({"subnet": peer["subnet"], "public_ip": peer["public_ip"]}, peer) for peer in peers]
-    lines = _metric("loden_peers", "gauge", "Nodes whose leases are carried.", [({}, len(labelled))])
+    labelled = [(_labels({key: peer[key] for key in ("subnet", "public_ip")}), peer) for peer in peers]
+    lines = _metric("loden_peers", "gauge", "Nodes whose leases are carried.", [("", len(labelled))])
     for key, name, text in _PEER:
         lines += _metric(name, "counter", text, [(labels, peer[key]) for labels, peer in labelled])
     heard = [(labels, peer["idle"]) for labels, peer in labelled if peer["idle"] is not None]
@@ -97,31 +98,29 @@ def _peers(peers: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _counts(name: str, text: str, label: str, counts: Mapping[str, int] | None) -> list[str]:
-    return _metric(name, "counter", text, [({label: key}, count) for key, count in (counts or {}).items()])
+    return _metric(name, "counter", text, [(_labels({label: key}), count) for key, count in (counts or {}).items()])
 
 
 def _capabilities(document: Mapping[str, Any]) -> list[str]:
     states = document.get("capabilities", {})
-    samples = [({"capability": word}, state == "on") for word, state in states.items()]
+    samples = [(_labels({"capability": word}), state == "on") for word, state in states.items()]
     return _metric("loden_capability", "gauge", "1 if what the kernel may do for the path is on.", samples)
 
 
 def _pumps(pumps: Mapping[str, Mapping[str, int]]) -> list[str]:
     lines = []
     for key, name, text in _PUMP:
-        samples = [({"direction": direction}, counts[key]) for direction, counts in pumps.items() if key in counts]
-        lines += _metric(name, "counter", text, samples)
+        found = [(direction, counts[key]) for direction, counts in pumps.items() if key in counts]
+        lines += _metric(name, "counter", text, [(_labels({"direction": way}), count) for way, count in found])
     return lines
 
 
 def _metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[str]:
-    lines = [f"{name}{_labels(labels)} {_number(value)}" for labels, value in samples]
+    lines = [f"{name}{labels} {_number(value)}" for labels, value in samples]
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *lines] if lines else []
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
     return "{" + ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items()) + "}"
 
 
