@@ -180,9 +180,9 @@ class Following:
         match event:
             case LinkEvent(index=index, name=name):
                 concerns = index == self._facing.index or name == self._facing.name
-            case RouteEvent(route=route):
+            case RouteEvent(length=length):
                 # as with `can_reach`, whose way may be any route; of a host's own routes there are few
-                concerns = route.destination.prefixlen == 0 or self._surveyor.minds_routes
+                concerns = length == 0 or self._surveyor.minds_routes
             case NeighbourEvent():
                 concerns = False
             case _:

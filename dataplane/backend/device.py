@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence, Set
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 
 from dataplane.backend.peers import IPNetwork
-from dataplane.kernel import tun
+from dataplane.kernel import rtnetlink, tun
 from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun, RouteEvent, holders
 from dataplane.kernel.netlink import Netlink, quiet_ipv6, restrain_ipv6
 from dataplane.path.capability import Capability
@@ -80,8 +80,9 @@ class Device:
                 return name == self.name
             case AddressEvent(gone=True, address=address):
                 return any(address.interface == ours for _, ours in self.routed)
-            case RouteEvent(gone=True, route=route):
-                return any(route.destination == ours for ours, _ in self.routed)
+            case RouteEvent(gone=True, length=length, body=body):
+                alike = [ours for ours, _ in self.routed if ours.prefixlen == length]
+                return bool(alike) and rtnetlink.route_of(body).destination in alike
             case _:
                 return isinstance(event, Overrun)
 

@@ -87,7 +87,7 @@ class PeerEntries:
         self._is_own = is_own
         self._put_right = put_right
         self._peers: dict[IPNetwork, Peer] = {}
-        self._ways: dict[IPAddress, int] = {}
+        self._ways: dict[IPAddress, int] = {}  # 0 for one that was asked for and is not reached directly
         self._needs: dict[IPNetwork, tuple[Entry, ...]] = {}
         self._wanted: dict[bytes, Entry] = {}
         self._by_scope: dict[Scope, dict[bytes, Entry]] = {}
@@ -109,8 +109,8 @@ class PeerEntries:
     async def open(self, groups: frozenset[Group]) -> None:
         """Connect to the kernel and hear of changes, before anything is made. Raises KernelError."""
         self._groups = groups
-        self._events = KernelEvents.open(groups, self._on_event)
         self._kernel = await Tables.open()
+        self._events = self._listen()
 
     def start(self) -> None:
         """Look after everything from now on."""
@@ -219,16 +219,18 @@ class PeerEntries:
             if len(self._ways) > len(self._peers):  # of addresses that no peer has any more; seldom, since it is long
                 present = {peer.address for peer in self._peers.values()}
                 self._ways = {address: way for address, way in self._ways.items() if address in present}
-            await self._decide({peer.address for peer in changes.values() if peer is not None})
+            asked = {peer.address for peer in changes.values() if peer is not None}
+            await self._decide(asked if self._doubtful else asked - self._ways.keys())
         await self._replan(changes)
 
     async def _decide(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
-        """Look up how addresses are reached now; those for which that is news."""
+        """Look up how addresses are reached now; those for which that is news. It stays so until it is doubtful: the
+        kernel tells of every route that comes or goes."""
+        if not addresses:
+            return set()
         found = await self._tables.neighbouring(list(addresses))
-        news = {address for address in addresses if self._ways.get(address) != found.get(address)}
-        for address in news:
-            self._ways.pop(address, None)
-        self._ways.update(found)
+        news = {address for address in addresses if self._ways.get(address, 0) != found.get(address, 0)}
+        self._ways.update((address, found.get(address, 0)) for address in addresses)
         return news
 
     def _way_to(self, peer: Peer) -> int:
@@ -254,8 +256,7 @@ class PeerEntries:
             self._wanted[entry.key] = entry
             self._by_scope.setdefault(entry.scope, {})[entry.body] = entry
         if self._audited:
-            await self._put(put)
-            await self._delete(drop)
+            await self._change(put, drop)
 
     # --- looking after it -----------------------------------------------------------------------------------------
 
@@ -276,6 +277,8 @@ class PeerEntries:
         wanted = None if key is None else self._wanted.get(key)
         if wanted is not None and event.body.startswith(wanted.body):
             return event.gone
+        if wanted is None and event.gone and table is not Table.ROUTE:
+            return False
         entry = rtnetlink.entry_of(table, event.body)
         if wanted is not None:
             return event.gone or entry != wanted
@@ -319,8 +322,7 @@ class PeerEntries:
                 self._judge(rtnetlink.entry_of(scope.table, body), present, stale)
             if len(present) < len(wanted):
                 missing.update((entry.key, entry) for entry in wanted.values() if entry.key not in present)
-        put = len(missing) - await self._put(list(missing.values()))
-        await self._delete(list(stale.values()))
+        put = len(missing) - await self._change(list(missing.values()), list(stale.values()))
         if self._audited:
             self.repairs += put + len(stale)
         self._audited = True
@@ -344,20 +346,33 @@ class PeerEntries:
             raise RuntimeError("open comes first")
         return self._kernel
 
-    async def _put(self, entries: list[Entry]) -> int:
-        """Returns how many were refused."""
-        if not entries:
+    async def _change(self, put: list[Entry], drop: list[Entry]) -> int:
+        """Put in, then take away; returns how many to be put in were refused."""
+        if not put and not drop:
             return 0
-        entries.sort(key=lambda entry: _ORDER[entry.scope.table])
-        with self._undisturbed(len(entries)):
-            refused = {refusal.entry.key: refusal for refusal in await self._tables.put(entries)}
-        for entry in entries:
+        put.sort(key=lambda entry: _ORDER[entry.scope.table])
+        drop.sort(key=lambda entry: -_ORDER[entry.scope.table])
+        with self._undisturbed(len(put) + len(drop)):
+            refusals, stuck = await self._tables.change(put, drop)
+        if refusals or self._refused:
+            self._remember_refused(put, {refusal.entry.key: refusal for refusal in refusals})
+            for entry in drop:
+                self._refused.pop(entry.key, None)
+        for refusal in stuck:
+            log.warning("The kernel does not take %s away: %s", rtnetlink.describe(refusal.entry), refusal.reason)
+        return len(refusals)
+
+    def _remember_refused(self, put: Iterable[Entry], refused: Mapping[bytes, Refused]) -> None:
+        for entry in put:
             before, now = self._refused.pop(entry.key, None), refused.get(entry.key)
             if now is not None:
                 self._refused[entry.key] = now
                 if before is None or before.code != now.code:
                     log.warning("The kernel refuses %s: %s", rtnetlink.describe(entry), now.reason)
-        return len(refused)
+
+    def _listen(self) -> KernelEvents:
+        """To everybody's changes but our own, of which a storm of leases makes thousands a second."""
+        return KernelEvents.open(self._groups, self._on_event, but=self._tables.port)
 
     @contextlib.contextmanager
     def _undisturbed(self, changes: int) -> Iterator[None]:
@@ -370,16 +385,5 @@ class PeerEntries:
         try:
             yield
         finally:
-            self._events = KernelEvents.open(self._groups, self._on_event)
+            self._events = self._listen()
             self._on_event(Overrun())
-
-    async def _delete(self, entries: list[Entry]) -> None:
-        if not entries:
-            return
-        for entry in entries:
-            self._refused.pop(entry.key, None)
-        entries.sort(key=lambda entry: -_ORDER[entry.scope.table])
-        with self._undisturbed(len(entries)):
-            refused = await self._tables.delete(entries)
-        for refusal in refused:
-            log.warning("The kernel does not take %s away: %s", rtnetlink.describe(refusal.entry), refusal.reason)

@@ -11,6 +11,7 @@ import errno
 import logging
 import socket
 import struct
+from array import array
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from functools import partial
@@ -18,7 +19,7 @@ from ipaddress import ip_interface
 from typing import Any
 
 from dataplane.errors import KernelError
-from dataplane.kernel import rtnetlink
+from dataplane.kernel import packet_filter, rtnetlink
 from dataplane.kernel.facts import (
     Address,
     AddressEvent,
@@ -38,6 +39,8 @@ BATCH = 256
 EVENT_BYTES = 65_536
 
 _SO_RCVBUFFORCE = 33
+_PORT_AT = 12
+"""Where a message's header has the port of whoever asked for the change (nlmsg_pid)."""
 
 RTM_NEWLINK, RTM_DELLINK = 16, 17
 RTM_NEWADDR, RTM_DELADDR = 20, 21
@@ -83,8 +86,9 @@ class KernelEvents:
         self._loop.add_reader(receiver.fileno(), self._read)
 
     @classmethod
-    def open(cls, groups: frozenset[Group], on_event: Callable[[KernelEvent], None]) -> KernelEvents:
-        """Listen in the namespace of the calling thread, whose loop runs. Raises KernelError."""
+    def open(cls, groups: frozenset[Group], on_event: Callable[[KernelEvent], None], *, but: int = 0) -> KernelEvents:
+        """Listen in the namespace of the calling thread, whose loop runs. `but`: the netlink port of whose changes the
+        kernel shall not tell us. Raises KernelError."""
         try:
             receiver = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         except OSError as error:
@@ -92,6 +96,11 @@ class KernelEvents:
         try:
             receiver.setblocking(False)
             _enlarge(receiver)
+            if but:
+                leave_out = array("B", packet_filter.all_but(_PORT_AT, _U32.pack(but)))
+                receiver.setsockopt(
+                    socket.SOL_SOCKET, packet_filter.SO_ATTACH_FILTER, packet_filter.attachable(leave_out)
+                )
             receiver.bind((0, sum(1 << (group - 1) for group in groups)))
             return cls(receiver, on_event)
         except OSError as error:
@@ -156,7 +165,7 @@ def event_of(kind: int, body: bytes) -> KernelEvent | None:
     read = _EVENTS.get(kind)
     try:
         return None if read is None else read(body)
-    except (struct.error, ValueError):  # a kernel that speaks otherwise than its own headers
+    except (struct.error, ValueError, IndexError):  # a kernel that speaks otherwise than its own headers
         return None
 
 
@@ -194,7 +203,7 @@ def _address_event(body: bytes, *, gone: bool) -> AddressEvent:
 
 
 def _route_event(body: bytes, *, gone: bool) -> RouteEvent:
-    return RouteEvent(gone=gone, route=rtnetlink.route_of(body), body=body)
+    return RouteEvent(gone=gone, length=body[1], body=body)
 
 
 def _neighbour_event(body: bytes, *, gone: bool) -> NeighbourEvent:

@@ -115,11 +115,12 @@ class AddressEvent:
 class RouteEvent:
     """A route is there, or is `gone`. One that replaced another comes alone: nothing tells of the old one.
 
-    `body`: the kernel's own bytes (rtmsg and attributes), for whoever compares entries.
+    `length`: of the destination's prefix. `body`: the kernel's own bytes (rtmsg and attributes), which `route_of` of
+    kernel.rtnetlink reads: in a storm of changes that is more work than all the rest of listening.
     """
 
     gone: bool
-    route: Route
+    length: int
     body: bytes = field(default=b"", repr=False, compare=False)
 
 

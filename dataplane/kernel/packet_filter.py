@@ -1,4 +1,4 @@
-"""Owns the programs that the kernel runs to choose which frames a packet socket is shown: classic BPF.
+"""Owns the programs that the kernel runs to choose which frames, or messages, a socket is shown: classic BPF.
 
 Free of: IO. Source: linux/filter.h; Documentation/networking/filter.rst in the kernel's sources. Invariant: a frame
 that is too short for a question is not shown, and costs the kernel nothing more.
@@ -7,6 +7,7 @@ that is too short for a question is not shown, and costs the kernel nothing more
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -27,9 +28,23 @@ WHOLE = 0x40000
 _IPV4, _IPV6, _UDP = 0x0800, 0x86DD, 17
 _INSTRUCTION = struct.Struct("=HBBI")
 
+SO_ATTACH_FILTER = 26
+
 Network = IPv4Network | IPv6Network
 NOTHING = _INSTRUCTION.pack(_RETURN, 0, 0, 0)
 """A program that shows no frame."""
+
+
+def attachable(instructions: array[int]) -> bytes:
+    """What `setsockopt` takes with SO_ATTACH_FILTER: where the bytes of a program are. They have to live until it has
+    returned; the kernel keeps a copy, in place of the socket's former program."""
+    return struct.pack("@HP", len(instructions) // _INSTRUCTION.size, instructions.buffer_info()[0])
+
+
+def all_but(offset: int, word: bytes) -> bytes:
+    """A program that shows everything whose four bytes at `offset` are not these."""
+    steps = ((_LOAD_WORD, 0, 0, offset), (_EQUAL, 0, 1, int.from_bytes(word, "big")), (_RETURN, 0, 0, 0))
+    return b"".join(_INSTRUCTION.pack(*step) for step in (*steps, (_RETURN, 0, 0, WHOLE)))
 
 
 @dataclass(frozen=True, slots=True)

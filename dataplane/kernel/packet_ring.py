@@ -30,7 +30,6 @@ LEAST_BLOCKS = 4
 _SOL_PACKET = 263
 _RX_RING, _STATISTICS, _VERSION, _VNET_HDR = 5, 6, 10, 15
 _TPACKET_V3 = 2
-_SO_ATTACH_FILTER = 26
 _SIOCGIFHWADDR = 0x8927
 _ETH_P_ALL = 0x0003
 _STATUS_USER = 1
@@ -165,5 +164,4 @@ def has_ethernet_header(device: str) -> bool:
 def _attach(receiver: socket.socket, code: bytes) -> None:
     """The program takes the place of the former one at once."""
     instructions = array.array("B", code)
-    address, _ = instructions.buffer_info()
-    receiver.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(code) // 8, address))
+    receiver.setsockopt(socket.SOL_SOCKET, packet_filter.SO_ATTACH_FILTER, packet_filter.attachable(instructions))

@@ -23,6 +23,7 @@ from dataplane.kernel.facts import (
     Overrun,
     RouteEvent,
 )
+from dataplane.kernel.tables import Tables
 from tests.namespaces import Namespace, open_namespace
 
 pytestmark = pytest.mark.netns
@@ -125,16 +126,21 @@ def test_addresses_and_routes_of_both_families(ns: Namespace) -> None:
         v6 = IPv6Interface("fd00:198:18::1/64")
         await heard.wait_for(lambda e: isinstance(e, AddressEvent) and e.address.interface == v6)
         event = await heard.wait_for(
-            lambda e: isinstance(e, RouteEvent) and e.gone and e.route.destination == IPv4Network("10.5.9.0/24")
+            lambda e: isinstance(e, RouteEvent) and e.gone and destination_of(e) == IPv4Network("10.5.9.0/24")
         )
         assert isinstance(event, RouteEvent)
-        assert (event.route.gateway, event.route.device_index) == (IPv4Address("198.18.0.9"), index)
-        assert (event.route.metric, event.route.table) == (7, 254)
+        route = rtnetlink.route_of(event.body)
+        assert (route.gateway, route.device_index) == (IPv4Address("198.18.0.9"), index)
+        assert (route.metric, route.table, event.length) == (7, 254, 24)
         await heard.wait_for(
-            lambda e: isinstance(e, RouteEvent) and e.route.destination == IPv6Network("fd00:5::/64") and not e.gone
+            lambda e: isinstance(e, RouteEvent) and destination_of(e) == IPv6Network("fd00:5::/64") and not e.gone
         )
 
     listen(ns, work, UNDERLAY)
+
+
+def destination_of(event: RouteEvent) -> IPv4Network | IPv6Network:
+    return rtnetlink.route_of(event.body).destination
 
 
 def test_neighbours_and_the_fdb_in_the_bytes_of_our_entries(ns: Namespace) -> None:
@@ -159,6 +165,52 @@ def test_neighbours_and_the_fdb_in_the_bytes_of_our_entries(ns: Namespace) -> No
         await heard.wait_for(lambda e: isinstance(e, NeighbourEvent) and e.gone and not e.fdb and e.index == index)
 
     listen(ns, work)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_changes_by_one_port_are_left_out_and_others_of_the_same_entries_are_not(ns: Namespace, version: int) -> None:
+    far = IPv4Address("10.5.9.1") if version == 4 else IPv6Interface("fd00:5:9::1").ip
+    subnet = IPv4Network("10.5.9.0/24") if version == 4 else IPv6Network("fd00:5:9::/64")
+    gateway = IPv4Address("198.18.0.9") if version == 4 else IPv6Interface("fd00:198:18::9").ip
+
+    async def main() -> None:
+        for line in ("link set v0 up", "addr add 198.18.0.1/15 dev v0", "addr add fd00:198:18::1/64 dev v0 nodad"):
+            await ip(ns, line)
+        index, heard = index_of(ns, "v0"), Heard()
+        entries = [
+            rtnetlink.neighbour(index, far, bytes.fromhex("0a0000000001")),
+            rtnetlink.route(subnet, index, gateway, onlink=False),
+        ]
+        ours, others = await Tables.open(), await Tables.open()
+        listener = KernelEvents.open(EVERYTHING, heard.append, but=ours.port)
+        try:
+            assert await ours.change(entries, ()) == ([], [])
+            assert await ours.change((), entries) == ([], [])
+            assert await others.change(entries, ()) == ([], [])
+            for entry in entries:
+                await heard.wait_for(lambda e, entry=entry: shows(e, entry))  # type: ignore[misc]  # bound at once
+            await others.delete(entries)
+            for entry in entries:
+                await heard.wait_for(lambda e, entry=entry: shows(e, entry, gone=True))  # type: ignore[misc]  # as above
+            neighbour, route = entries
+            told = [shows(e, route) for e in heard if shows(e, route) or shows(e, route, gone=True)]
+            assert told == [True, False], "once put and once deleted, by the other port"
+            told = [shows(e, neighbour) for e in heard if shows(e, neighbour) or shows(e, neighbour, gone=True)]
+            assert told[:2] == [False, True], "who deletes a neighbour is not told, who puts one is"
+        finally:
+            listener.close()
+            await ours.close()
+            await others.close()
+
+    ns.run(uvloop.run, main())
+
+
+def shows(event: KernelEvent, entry: rtnetlink.Entry, *, gone: bool = False) -> bool:
+    if not isinstance(event, RouteEvent | NeighbourEvent) or event.gone is not gone:
+        return False
+    if isinstance(event, RouteEvent) is not (entry.scope.table is rtnetlink.Table.ROUTE):
+        return False
+    return rtnetlink.key_of(entry.scope.table, event.body) == entry.key
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
