@@ -30,7 +30,7 @@ from dataplane.kernel import subnetfile
 from dataplane.lease import texts
 from dataplane.lease.allocate import Claim
 from dataplane.lease.config import fetch_config
-from dataplane.lease.keeper import LeaseKeeper
+from dataplane.lease.keeper import MOST_REST, LeaseKeeper
 from dataplane.lease.model import Lease, LeaseEvent
 from dataplane.lease.store import LeaseStore
 from dataplane.memory import Memory, Past
@@ -177,8 +177,8 @@ class Daemon:
             facing = await surveyor.first()
             backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
-            parts.give_way(backend)
-            keeper = self._keeper = await self._make_keeper(store, network, backend, claim)
+            rest = MOST_REST if parts.give_way(backend) else 0.0
+            keeper = self._keeper = await self._make_keeper(store, network, backend, claim, rest)
             self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)
             if past is None:
                 former = self._memory.past(store.name)
@@ -250,7 +250,7 @@ class Daemon:
         stack.push_async_callback(control.close)
 
     async def _make_keeper(
-        self, store: LeaseStore, network: NetworkConfig, backend: Backend, claim: Claim | None
+        self, store: LeaseStore, network: NetworkConfig, backend: Backend, claim: Claim | None, rest: float
     ) -> LeaseKeeper:
         async def follow(events: Sequence[LeaseEvent]) -> None:
             await backend.apply(events)
@@ -266,6 +266,7 @@ class Daemon:
             on_events=follow,
             on_own=self._memory.keep_lease,
             rng=self._rng,
+            rest=rest,
         )
         return keeper
 

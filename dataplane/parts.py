@@ -150,13 +150,16 @@ def _with_direct_routes(network: NetworkConfig, make: Callable[[OnPeers | None],
     return DirectlyRouted(make(routes.follow), routes)
 
 
-def give_way(backend: Backend) -> None:
-    """Lower this process's priority where the backend has pumps, before it starts them; they keep what it had."""
+def give_way(backend: Backend) -> bool:
+    """Lower this process's priority where the backend has pumps, before it starts them; they keep what it had. Returns
+    whether it has."""
     found: object = backend
-    if isinstance(found, Tappable):
+    has_pumps = isinstance(found, Tappable)
+    if has_pumps:
         from dataplane.path.datapath import give_way_to_pumps
 
         give_way_to_pumps()
+    return has_pumps
 
 
 def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:

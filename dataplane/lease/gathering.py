@@ -1,35 +1,35 @@
-"""Owns the gathering of what a watch brings: batches that came while the former ones were followed are one.
+"""Owns in which pieces a watch is followed: many small batches as one portion, a large batch as several.
 
-So whoever follows slowly, such as a kernel that is told of each change, falls behind by one round and no further.
-Free of: what the changes mean. Invariant: every change comes once and in order; what ends the watch comes after all of
-them.
+A portion has a price of its own, a new table for the pumps or a way to the kernel and back, which thousands of small
+batches a second would pay each; and whoever follows ten thousand changes in one go gives nobody else a turn.
+Free of: what the changes mean. Invariant: every change comes once and in order; a portion's revision is that of the
+last batch which has come wholly; what ends the watch comes after all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 
 from dataplane.lease.store import Batch
 
 MOST_CHANGES = 20_000
-"""Of one round; a watch that brings more waits in its connection."""
+"""That wait here; a watch that brings more waits in its connection."""
 
 
-async def gathered(stream: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch, None]:
-    """The batches of a watch, as few as its follower can take. Raises what the watch raises; the caller closes both."""
-    waiting: list[Batch] = []
-    held = 0
+async def in_portions(stream: AsyncGenerator[Batch, None], known: int, size: int) -> AsyncGenerator[Batch, None]:
+    """What a watch has brought since the last portion, at most `size` changes at a time, for one who knows the store up
+    to `known`. Raises what the watch raises; the caller closes both."""
+    waiting = _Waiting(known)
     news, room = asyncio.Event(), asyncio.Event()
 
     async def read() -> None:
-        nonlocal held
         try:
             async for batch in stream:
-                waiting.append(batch)
-                held += len(batch.changes)
+                waiting.add(batch)
                 news.set()
-                if held >= MOST_CHANGES:
+                while waiting.changes >= MOST_CHANGES:
                     room.clear()
                     await room.wait()
         finally:
@@ -38,16 +38,47 @@ async def gathered(stream: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch,
     reader = asyncio.create_task(read())
     try:
         while True:
-            if not reader.done():
+            if not waiting and not reader.done():
                 await news.wait()
-                news.clear()
-            taken, waiting[:], held = tuple(waiting), [], 0
-            room.set()
-            if taken:
-                yield Batch(taken[-1].revision, tuple(change for batch in taken for change in batch.changes))
+            news.clear()
+            if waiting:
+                yield waiting.take(size)
+                room.set()
             elif reader.done():
                 await reader
                 return
     finally:
         reader.cancel()
         await asyncio.wait([reader])
+
+
+class _Waiting:
+    """Batches in order, and how many `changes` they have together."""
+
+    def __init__(self, known: int) -> None:
+        self._batches: deque[Batch] = deque()
+        self._known = known
+        self.changes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def add(self, batch: Batch) -> None:
+        self._batches.append(batch)
+        self.changes += len(batch.changes)
+
+    def take(self, size: int) -> Batch:
+        """The first changes. Whoever breaks off within a batch has to resume from before it."""
+        taken = 0
+        parts = []
+        while self._batches and (taken < size or not self._batches[0].changes):
+            batch = self._batches.popleft()
+            parts.append(batch.changes[: size - taken])
+            rest = batch.changes[size - taken :]
+            taken += len(parts[-1])
+            if rest:
+                self._batches.appendleft(Batch(batch.revision, rest))
+            else:
+                self._known = batch.revision
+        self.changes -= taken
+        return Batch(self._known, tuple(change for part in parts for change in part))

@@ -20,12 +20,12 @@ from dataplane.errors import HistoryGone, StoreError, StoreUnavailable
 from dataplane.lease import texts
 from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, Take, Wish, plan
 from dataplane.lease.config import Clock, Sleep, range_v4, range_v6
-from dataplane.lease.gathering import gathered
+from dataplane.lease.gathering import in_portions
 from dataplane.lease.loss import Losses
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.ownership import Finding, Ownership, Standing
 from dataplane.lease.retry import Backoff, LogBudget, LogGate
-from dataplane.lease.store import Batch, Entry, LeaseStore, Snapshot
+from dataplane.lease.store import Entry, LeaseStore, Snapshot
 from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
 
@@ -38,7 +38,7 @@ PORTION = 50
 """Leases that are followed at once: about 5 ms of work."""
 
 MOST_REST = 0.005
-"""Seconds of rest after a portion: where the kernel is told of each lease, a longer one would fall behind a storm."""
+"""Seconds of rest after a full portion: with more, who tells the kernel of each lease falls behind a storm of them."""
 
 _RENEWAL_RETRY = 60.0
 _RACE_PAUSE = 0.5
@@ -64,7 +64,8 @@ class LeaseKeeper:
 
     `on_events` is awaited with peer events in order, at first with all there are, perhaps none; whatever it raises ends
     `run`. `on_own` is called with each new state of our own entry, and the seconds that its TTL still runs (None:
-    reserved). A stop revokes nothing (facts 1.5). `grace`: see WIPED_STORE_GRACE.
+    reserved). A stop revokes nothing (facts 1.5). `grace`: see WIPED_STORE_GRACE. `rest`: see MOST_REST; 0 where nobody
+    carries packets on the processors that follow leases.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LeaseKeeper:
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
         grace: float = WIPED_STORE_GRACE,
+        rest: float = MOST_REST,
     ) -> None:
         self._store = store
         self._attrs = attrs
@@ -95,6 +97,7 @@ class LeaseKeeper:
         self._clock = clock
         self._sleep = sleep
         self._losses = Losses(grace)
+        self._rest = rest
         self._audit_at: float | None = None
         self._table = LeaseTable(
             config.network, config.ipv6_network, own_ip=attrs.public_ip, own_ipv6=attrs.public_ipv6
@@ -274,26 +277,23 @@ class LeaseKeeper:
             await self._sleep(backoff.next())
 
     async def _watch(self, own: Ownership, backoff: Backoff) -> None:
+        """Follow the changes; where many wait, rest after each portion for about as long as it has taken: packets want
+        the processor too, and everybody else on this loop."""
+        known = self._table.revision
         async with (
-            contextlib.aclosing(self._store.watch(self._table.revision)) as stream,
-            contextlib.aclosing(gathered(stream)) as batches,
+            contextlib.aclosing(self._store.watch(known)) as stream,
+            contextlib.aclosing(in_portions(stream, known, PORTION)) as portions,
         ):
-            async for batch in batches:
+            async for portion in portions:
                 backoff.reset()
+                began = self._clock()
                 async with self._turn:
                     self._fine()
-                    await self._take(own, batch)
+                    await self._deliver(own, self._table.apply(portion), certain=False)
+                spent = self._clock() - began
+                if len(portion.changes) >= PORTION and spent:
+                    await self._sleep(min(spent, self._rest))
         raise StoreUnavailable(f"{self._store.name} ended the watch")
-
-    async def _take(self, own: Ownership, batch: Batch) -> None:
-        """Follow a batch; of one that is large, rest after each portion for about as long as it has taken: packets, and
-        everybody else on this loop, want the processor too."""
-        for portion in batch.portions(self._table.revision, PORTION):
-            began = self._clock()
-            await self._deliver(own, self._table.apply(portion), certain=False)
-            spent = self._clock() - began
-            if len(batch.changes) > PORTION and spent:
-                await self._sleep(min(spent, MOST_REST))
 
     async def _resync(self, own: Ownership) -> None:
         """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""

@@ -24,7 +24,7 @@ Free of: IO. The conformance contract, which tests/lease/test_store_conformance.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,13 +62,6 @@ class Batch:
 
     revision: int
     changes: tuple[Entry | Deleted, ...]
-
-    def portions(self, known: int, size: int) -> Iterator[Batch]:
-        """The changes in order, at most `size` at a time, for one who knows the store up to `known`. Only the last
-        portion has our revision: whoever breaks off before it has to resume from what was known."""
-        for at in range(0, max(len(self.changes), 1), size):
-            last = at + size >= len(self.changes)
-            yield Batch(self.revision if last else known, self.changes[at : at + size])
 
 
 class LeaseStore(Protocol):
