@@ -105,6 +105,7 @@ class LeaseKeeper:
         self._own: Ownership | None = None
         self._remembered: Snapshot | None = None
         self._former: Snapshot | None = None
+        self._seen: Snapshot | None = None
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._gate = LogGate()
@@ -219,6 +220,7 @@ class LeaseKeeper:
             return None
         if isinstance(step, Take):
             log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
+        self._seen = snapshot
         self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
         self._table.set_own(written.key)
         self._tell_own(self._own)
@@ -296,15 +298,19 @@ class LeaseKeeper:
         raise StoreUnavailable(f"{self._store.name} ended the watch")
 
     async def _resync(self, own: Ownership) -> None:
-        """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over."""
-        snapshot = await self._store.snapshot()
+        """Follow a snapshot; the turn is ours. A wiped store takes no peer away before the grace is over.
+
+        The first is the one by which our lease was chosen: what has changed since, our own write too, the watch tells.
+        """
+        seen, self._seen = self._seen, None
+        snapshot = seen or await self._store.snapshot()
         self._fine()
         self.counters.resyncs += 1
         former, self._former = self._former, None
         if former is not None and _is_wiped(snapshot, former.revision):
             await self._deliver(own, replace(self._table.reset(former), own=None), certain=False)
         # reads are linearizable, so a revision below a known one is the start of another history
-        restarted = snapshot.revision < max(self._table.revision, own.revision)
+        restarted = snapshot.revision < max(self._table.revision, 0 if seen else own.revision)
         wiped = restarted or _is_wiped(snapshot, self._table.revision)
         losses, now = self._losses, self._clock()
         if wiped and self._table.peers and losses.wiped(now):
@@ -312,7 +318,7 @@ class LeaseKeeper:
             log.error("%s", texts.wiped(self._store.name, len(self._table.peers), (losses.grace_until or now) - now))
         update = self._table.reset(snapshot, restarted=restarted)
         self._audit_at = None
-        await self._deliver(own, replace(update, lost=()) if losses.in_grace(now) else update, certain=True)
+        await self._deliver(own, replace(update, lost=()) if losses.in_grace(now) else update, certain=seen is None)
         if losses.grace_until is not None and not losses.in_grace(now):
             await self._deliver(own, self._table.forget(self._table.missing - losses.lingering), certain=True)
         if not losses.in_grace(now) or not self._table.missing:

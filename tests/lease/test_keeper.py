@@ -132,6 +132,34 @@ def writes(store: SimulatedStore, client: str) -> list[Write]:
 # ---- the network config
 
 
+async def test_a_start_takes_one_snapshot_and_the_watch_tells_what_came_since(store: SimulatedStore) -> None:
+    gone, moved = store.put("10.5.3.0-24", value("192.0.2.3")), store.put("10.5.4.0-24", value("192.0.2.4"))
+    node = Node(store, 1)
+    taken: list[int] = []
+    snapshot = node.client.snapshot
+
+    async def counted() -> Snapshot:
+        taken.append(store.revision)
+        return await snapshot()
+
+    node.client.snapshot = counted  # type: ignore[method-assign]
+    await node.keeper.acquire()
+    # while the device is made: a lease changes, one goes, one comes, and ours was written
+    store.put(moved.key, value("192.0.2.44"))
+    store.remove(gone.key)
+    store.put("10.5.5.0-24", value("192.0.2.5"))
+    node.task = asyncio.create_task(node.keeper.run())
+    await store.clock.advance(LINGER + 1, store)
+    assert {key: str(attrs.public_ip) for key, attrs in node.peers.items()} == {
+        "10.5.4.0-24": "192.0.2.44", "10.5.5.0-24": "192.0.2.5",
+    }  # fmt: skip
+    assert len(taken) == 1
+    assert node.keeper.synced
+    assert node.keeper.healthy
+    assert node.keeper.counters.put_backs == 0, "our own write, which is younger than the snapshot, is not missed"
+    await node.stop()
+
+
 async def test_the_config_is_waited_for_and_each_trouble_is_told(
     store: SimulatedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
