@@ -30,8 +30,8 @@ _UNICAST_MAC = re.compile("(?!0{12})[0-9a-f][02468ace][0-9a-f]{10}")
 
 PEERS_INTERVAL = 5.0
 """Seconds between two writes of the peers, which may be megabytes; a change after a quiet time is written at once."""
-_SLICE = 500
-"""Peers that are encoded before others have a turn: about a millisecond."""
+_SLICE = 100
+"""Peers that are encoded before others have a turn: half a millisecond."""
 _GATHER = 0.1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

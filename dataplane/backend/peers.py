@@ -26,6 +26,8 @@ _MAC = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 
+_DOCUMENT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -151,7 +153,7 @@ def decode_vtep(data: bytes, vni: int, own_mac: bytes) -> bytes:
     """The MAC that BackendData names. Raises LeaseInvalid where it cannot be obeyed, also for another VNI than ours;
     flannel of old wrote none."""
     try:
-        document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        document = _DOCUMENT.decode(data)
         fields = {name.casefold(): msgspec.json.decode(value) for name, value in document.items()}
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise LeaseInvalid("its BackendData is missing or no JSON object") from None

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import msgspec
@@ -28,6 +29,9 @@ NO_IPV4 = IPv4Network("0.0.0.0/0")
 _KEY = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-(\d{1,2})(?:&([0-9a-f:.]+)-(\d{1,3}))?", re.ASCII)
 _FIELDS = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
 _BY_FOLDED_NAME = {name.casefold(): name for name in _FIELDS}
+_PROPER_NAMES = frozenset(_FIELDS)
+_DOCUMENT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT: msgspec.json.Decoder[str | None] = msgspec.json.Decoder(str | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class LeaseKey:
         return text if self.subnet_v6 is None else f"{text}&{str(self.subnet_v6).replace('/', '-')}"
 
     @classmethod
+    @lru_cache(maxsize=16_384)  # a start reads every key twice: to choose a subnet, and to follow the others
     def parse(cls, text: str) -> LeaseKey:
         """Read the last part of a key; host bits are cut off. Raises LeaseInvalid."""
         match = _KEY.fullmatch(text)
@@ -65,7 +70,7 @@ class LeaseKey:
     @property
     def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """What the key really leases: an IPv4 subnet, an IPv6 one, or both; NO_IPV4 is no subnet."""
-        v4 = () if self.subnet == NO_IPV4 else (self.subnet,)
+        v4 = (self.subnet,) if self.subnet.prefixlen else ()
         return v4 if self.subnet_v6 is None else (*v4, self.subnet_v6)
 
     def overlaps(self, other: LeaseKey) -> bool:
@@ -126,9 +131,9 @@ class LeaseAttrs:
             raise LeaseInvalid(f"value has {len(value)} bytes, more than {MAX_VALUE_BYTES}")
         try:
             fields = _fields(value)
-            public_ip = _typed(fields, "PublicIP", str)
-            public_ipv6 = _typed(fields, "PublicIPv6", str)
-            backend_type = _typed(fields, "BackendType", str)
+            public_ip = _text(fields, "PublicIP")
+            public_ipv6 = _text(fields, "PublicIPv6")
+            backend_type = _text(fields, "BackendType")
             if public_ip is None:
                 raise LeaseInvalid("value has no PublicIP")
             return cls(
@@ -146,7 +151,9 @@ class LeaseAttrs:
 
 def _fields(value: bytes) -> dict[str, msgspec.Raw]:
     """Our fields by their proper names. Of two spellings of one name the later in the text counts, as in Go."""
-    document = msgspec.json.decode(value, type=dict[str, msgspec.Raw])
+    document = _DOCUMENT.decode(value)
+    if document.keys() <= _PROPER_NAMES:
+        return document
     spellings = [name for name in document if name.casefold() in _BY_FOLDED_NAME]
     if len({name.casefold() for name in spellings}) < len(spellings):
         # a dict keeps a repeated name at its first place, so the text's own order has to be read again
@@ -167,12 +174,12 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
-def _typed(fields: dict[str, msgspec.Raw], name: str, kind: type[str]) -> str | None:
+def _text(fields: dict[str, msgspec.Raw], name: str) -> str | None:
     raw = fields.get(name)
     if raw is None:
         return None
     try:
-        return msgspec.json.decode(raw, type=kind | None)
+        return _TEXT.decode(raw)
     except msgspec.DecodeError as error:
         raise LeaseInvalid(f"value has a bad {name}: {error}") from None
 

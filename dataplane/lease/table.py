@@ -193,11 +193,10 @@ class LeaseTable:
     def _put(self, text: str, record: _Record | None) -> Update:
         before = self._records.get(text)
         if record is not None and before is not None and text in self._peers and record.same_claim(before):
-            # by far the most frequent change: nobody else's subnet is touched by it
+            # by far the most frequent change: nobody else's subnet is touched by it, and a peer's never overlaps ours
             self._records[text] = record
-            contender = self._contender(text)
-            if contender is not None:
-                self._contenders[text] = contender
+            if record.good is not None:
+                self._contenders[text] = record.good
                 return Update(tuple(self._events([text], {text})), tuple(self._rejections([text], {})))
         contender = self._contenders.pop(text, None)
         touched = {text}
@@ -227,7 +226,8 @@ class LeaseTable:
         try:
             key = key or LeaseKey.parse(entry.key)
             attrs = LeaseAttrs.decode(entry.value)
-            obeyed = self._checked(key, attrs)
+            obeyed = before.good.key if before is not None and before.good is not None else self._obeyed(key)
+            self._check_public_ips(obeyed, attrs)
             good = Lease(obeyed, attrs, entry.create_revision, entry.mod_revision, entry.reserved)
         except LeaseInvalid as error:
             fault = str(error)
@@ -235,8 +235,8 @@ class LeaseTable:
                 good = before.good
         return _Record(entry.create_revision, entry.mod_revision, digest, key, good, fault)
 
-    def _checked(self, key: LeaseKey, attrs: LeaseAttrs) -> LeaseKey:
-        """The key, cut to the network's families. Raises LeaseInvalid for what cannot be obeyed."""
+    def _obeyed(self, key: LeaseKey) -> LeaseKey:
+        """The key, cut to the network's families. Raises LeaseInvalid for one that cannot be obeyed."""
         if key.subnets == ():
             raise LeaseInvalid("the key names no subnet: routing to it would make a peer the default route")
         obeyed = key.within(ipv4=self._network is not None, ipv6=self._network_v6 is not None)
@@ -248,11 +248,13 @@ class LeaseTable:
             raise LeaseInvalid(f"subnet {v4} lies outside the network {self._network}")
         if self._network_v6 is not None and v6 is not None and not v6.subnet_of(self._network_v6):
             raise LeaseInvalid(f"subnet {v6} lies outside the network {self._network_v6}")
+        return obeyed
+
+    def _check_public_ips(self, obeyed: LeaseKey, attrs: LeaseAttrs) -> None:
         if obeyed.subnet != NO_IPV4 or attrs.public_ipv6 is None or attrs.public_ip != _NOWHERE:
             self._check_public_ip(attrs.public_ip)
         if attrs.public_ipv6 is not None:
             self._check_public_ip(attrs.public_ipv6)
-        return obeyed
 
     def _check_public_ip(self, ip: IPv4Address | IPv6Address) -> None:
         nobody = ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST
@@ -329,7 +331,8 @@ class LeaseTable:
         for text in texts:
             record = self._records.get(text)
             reason = None if record is None or text == self._own_text else record.fault
-            if reason is None and record is not None and text != self._own_text and self._overlaps_own(record):
+            apart = text == self._own_text or text in self._peers
+            if reason is None and record is not None and not apart and self._overlaps_own(record):
                 reason = f"subnet overlaps {self._own_text}, which is our own lease"
             if reason is None and text in lost:
                 reason = f"subnet overlaps {lost[text]}, which is the older lease"
