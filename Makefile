@@ -24,13 +24,14 @@ trap 'code=$$?; finally; [ $$code = 0 ] || echo "== FAILED: $$step. $$remedy" >&
 echo "== $$step"
 endef
 
-.PHONY: help setup packages demo test bench bench-selftest fuzz sanitize soak lint wheel clean
+.PHONY: help setup packages demo test bench bench-selftest fuzz sanitize soak races lint wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	echo "make setup   Debian packages, $(VENV), compiled extensions, $(BIN)/flanneld and $(BIN)/loden"
 	echo "make bench-selftest  does the benchmark find a slowdown and a loss of known size?"
 	echo "make soak    100 GB of hashed TCP over a bad underlay, 5 GB with each capability off"
+	echo "make races   200 rounds (RACE_ROUNDS=...) of 2 and of 20 daemons that start together; of 64 nodes for 64 subnets"
 	echo "make fuzz    500,000,000 fuzz executions (FUZZ_COUNT=...) over the packet path"
 	echo "make sanitize  the packet tests and 20,000,000 executions with sanitizers and with Cython's checks"
 	echo "make lint    ruff and mypy"
@@ -50,6 +51,10 @@ test: lint
 soak: setup
 	$(call step,soak,Read its summary above)
 	LODEN_SOAK_BYTES=$(or $(SOAK_BYTES),100000000000) LODEN_SOAK_OFF_BYTES=$(or $(SOAK_OFF_BYTES),5000000000) $(BIN)/pytest -s tests/netns/test_soak.py
+
+races: setup
+	$(call step,races,Read its summary above)
+	LODEN_RACE_ROUNDS=$(or $(RACE_ROUNDS),200) $(BIN)/pytest -s tests/netns/test_together.py tests/lease/test_etcd_races.py
 
 fuzz: setup
 	$(call step,fuzz,The execution it names can be repeated as it says)

@@ -1,6 +1,7 @@
 """Many nodes that want a lease in the same moment, on a real etcd: all get one, all know all.
 
-LODEN_RACE_ROUNDS repeats each race that often; the long form is 200 rounds.
+Here they are keepers in one process, which meet in the store more closely than daemons do; whole daemons race in
+tests/netns/test_together.py. LODEN_RACE_ROUNDS repeats each race that often; the long form (`make races`) is 200.
 """
 
 from __future__ import annotations

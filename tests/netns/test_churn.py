@@ -24,7 +24,7 @@ import pytest
 
 from dataplane.lease import etcd_wire as wire
 from tests.netns.conftest import MakeLab
-from tests.netns.observing import python_in, status_of, until
+from tests.netns.observing import python_in, status_of
 
 pytestmark = [pytest.mark.netns, pytest.mark.etcd, pytest.mark.timeout(1200)]
 
@@ -101,6 +101,21 @@ while not select.select([sys.stdin], [], [], 0)[0]:
         out.sendto(b"x" * 32, (f"10.{65 + (lease >> 8)}.{lease & 255}.1", 9))
         number += 1
     time.sleep(0.001)
+"""
+
+READINESS = """
+import socket, time
+print("ready", flush=True)
+while True:
+    try:
+        with socket.create_connection(("127.0.0.1", 8081)) as asking:
+            asking.sendall(b"GET /readyz HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+            if b" 200 " in asking.recv(100):
+                break
+    except ConnectionRefusedError:
+        pass
+    time.sleep(0.01)
+print(time.monotonic(), flush=True)
 """
 
 SNIFFER = """
@@ -266,10 +281,12 @@ def test_no_packet_goes_to_an_owner_that_was_replaced(
     node.stop_daemon()
     seen_file = tmp_path / "frames"
     with python_in(lab, "switch", WRITER, *writing) as writer, python_in(lab, "n1", SNIFFER, str(seen_file)) as sniffer:
-        started = time.monotonic()
-        node.start_daemon()
-        until("the daemon knows every lease", lambda: len((node.status() or {}).get("peers", ())) == LEASES, 60)
-        complete = time.monotonic() - started
+        with python_in(lab, "n1", READINESS) as readiness:
+            started = time.monotonic()
+            node.start_daemon("-healthz-ip=127.0.0.1", "-healthz-port=8081")
+            # a status with ten thousand peers would be the most of what is timed here
+            complete = float(readiness.communicate(timeout=60)[0]) - started
+        assert len(status_of(node)["peers"]) == LEASES
         before, grown = process(node.pids[0])
         with python_in(lab, "n1-p1", SENDER, *map(str, WATCHED)) as sender:
             assert writer.stdin is not None
