@@ -75,10 +75,12 @@ class LeaseKey:
 
     def overlaps(self, other: LeaseKey) -> bool:
         """Whether some address belongs to both."""
-        return any(one.overlaps(two) for one in self.subnets for two in other.subnets if one.version == two.version)
+        return any(_overlap(one, two) for one in self.subnets for two in other.subnets if one.version == two.version)
 
     def within(self, *, ipv4: bool, ipv6: bool) -> LeaseKey:
         """The same without the families that are off."""
+        if ipv4 and (ipv6 or self.subnet_v6 is None):
+            return self
         return LeaseKey(self.subnet if ipv4 else NO_IPV4, self.subnet_v6 if ipv6 else None)
 
 
@@ -160,6 +162,12 @@ def _fields(value: bytes) -> dict[str, msgspec.Raw]:
         pairs: list[tuple[str, object]] = json.loads(value, object_pairs_hook=list)
         spellings = [name for name, _ in pairs if name.casefold() in _BY_FOLDED_NAME]
     return {_BY_FOLDED_NAME[name.casefold()]: document[name] for name in spellings}
+
+
+def _overlap(one: IPv4Network | IPv6Network, two: IPv4Network | IPv6Network) -> bool:
+    """Of two blocks that share an address one holds the other's first. (`overlaps` of ipaddress makes and keeps the
+    last address of each, of which ten thousand leases have as many.)"""
+    return one.network_address in two or two.network_address in one
 
 
 def _ipv6(text: str) -> IPv6Address:

@@ -244,9 +244,9 @@ class LeaseTable:
             lacks = 4 if self._network is None else 6
             raise LeaseInvalid(f"it leases {key.subnets[0]} alone, and this network has no IPv{lacks}")
         v4, v6 = obeyed.subnet, obeyed.subnet_v6
-        if self._network is not None and v4 != NO_IPV4 and not v4.subnet_of(self._network):
+        if self._network is not None and v4 != NO_IPV4 and not _holds(self._network, v4):
             raise LeaseInvalid(f"subnet {v4} lies outside the network {self._network}")
-        if self._network_v6 is not None and v6 is not None and not v6.subnet_of(self._network_v6):
+        if self._network_v6 is not None and v6 is not None and not _holds(self._network_v6, v6):
             raise LeaseInvalid(f"subnet {v6} lies outside the network {self._network_v6}")
         return obeyed
 
@@ -345,3 +345,8 @@ class LeaseTable:
                 self._rejected[text] = Rejection(text, record.mod_revision, reason, again)
                 self.rejections += 1
                 yield self._rejected[text]
+
+
+def _holds(network: IPv4Network | IPv6Network, subnet: IPv4Network | IPv6Network) -> bool:
+    """Of one IP version. As `subnet_of`, which makes and keeps the last address of each."""
+    return subnet.prefixlen >= network.prefixlen and subnet.network_address in network
