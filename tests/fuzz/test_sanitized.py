@@ -63,6 +63,7 @@ def test_fuzzing_finds_nothing_with_sanitizers(sanitized: Path) -> None:
 
 
 @SAME_WORKER
+@pytest.mark.timeout(3600)  # alone it takes two minutes; on a busy machine the usual limit is too near
 def test_packet_tests_pass_with_sanitizers(sanitized: Path) -> None:
     run_packet_tests(sanitized, sanitizer_environment(), () if os.environ.get("LODEN_SANITIZE_ALL") else SLOW)
 
