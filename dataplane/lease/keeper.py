@@ -307,8 +307,10 @@ class LeaseKeeper:
         self._fine()
         self.counters.resyncs += 1
         former, self._former = self._former, None
+        kept: tuple[LeaseEvent, ...] = ()
         if former is not None and _is_wiped(snapshot, former.revision):
-            await self._deliver(own, replace(self._table.reset(former), own=None), certain=False)
+            # told together with what the store has now: whoever follows sees no moment with the one and not the other
+            kept = self._table.reset(former).events
         # reads are linearizable, so a revision below a known one is the start of another history
         restarted = snapshot.revision < max(self._table.revision, 0 if seen else own.revision)
         wiped = restarted or _is_wiped(snapshot, self._table.revision)
@@ -317,6 +319,7 @@ class LeaseKeeper:
             self._wake.set()
             log.error("%s", texts.wiped(self._store.name, len(self._table.peers), (losses.grace_until or now) - now))
         update = self._table.reset(snapshot, restarted=restarted)
+        update = replace(update, events=kept + update.events)
         self._audit_at = None
         await self._deliver(own, replace(update, lost=()) if losses.in_grace(now) else update, certain=seen is None)
         if losses.grace_until is not None and not losses.in_grace(now):

@@ -54,6 +54,8 @@ class Node:
         self.ip = IPv4Address(f"192.0.2.{number}")
         self.client = SimulatedClient(store, str(self.ip))
         self.events: list[LeaseEvent] = []
+        self.told: list[int] = []
+        """How many events came each time."""
         self.peers: dict[str, LeaseAttrs] = {}
         self.owned: list[Entry] = []
         self.task: asyncio.Task[None] | None = None
@@ -73,6 +75,7 @@ class Node:
             if event.kind is LeaseEventKind.REMOVED:
                 del self.peers[key]
         self.events += events
+        self.told.append(len(events))
 
     @property
     def key(self) -> str:
@@ -990,6 +993,19 @@ async def test_a_store_that_was_wiped_before_the_start_takes_no_known_peer_away(
         await store.clock.advance(62)
         assert node.said() == [("removed", "10.5.3.0-24")]
         assert set(node.peers) == {"10.5.2.0-24"}
+
+
+async def test_what_a_former_daemon_knew_and_what_the_store_has_are_told_together(store: SimulatedStore) -> None:
+    """It was killed before it noted its own lease, so that all leases are newer than what it knew. Whoever follows takes
+    away what the kernel holds for others with the first word, and nobody's packets may be lost by that."""
+    past = Snapshot(store.revision, ())
+    async with living(store, Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))):
+        store.put("10.5.2.0-24", value("192.0.2.2"), DAY)
+    node = Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"), grace=60.0)
+    node.keeper.remember(past)
+    async with living(store, node):
+        assert node.told == [1]
+        assert node.said() == [("added", "10.5.2.0-24")]
 
 
 async def test_a_start_without_the_store_at_another_address_says_so_later(store: SimulatedStore) -> None:
