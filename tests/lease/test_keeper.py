@@ -996,8 +996,8 @@ async def test_a_store_that_was_wiped_before_the_start_takes_no_known_peer_away(
 
 
 async def test_what_a_former_daemon_knew_and_what_the_store_has_are_told_together(store: SimulatedStore) -> None:
-    """It was killed before it noted its own lease, so that all leases are newer than what it knew. Whoever follows takes
-    away what the kernel holds for others with the first word, and nobody's packets may be lost by that."""
+    """It was killed before it noted its own lease, so that all leases are newer than what it knew. Whoever follows
+    takes away what the kernel holds for others with the first word, and nobody's packets may be lost by that."""
     past = Snapshot(store.revision, ())
     async with living(store, Node(store, 1, previous=LeaseKey.parse("10.5.1.0-24"))):
         store.put("10.5.2.0-24", value("192.0.2.2"), DAY)
