@@ -13,7 +13,6 @@ import itertools
 import logging
 import socket
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,10 +35,10 @@ from dataplane.path.facts import (
     PathEvent,
     PathEventKind,
     PathStatistics,
-    PumpCounters,
     RouteCounters,
     SourceCheck,
     Vxlan,
+    totals,
 )
 from dataplane.path.wire import LEAST_MTU
 
@@ -384,16 +383,8 @@ def tunnels_status(kind: str, mtu: int, tunnels: Collection[Tunnel]) -> BackendS
         capabilities={c: next((t.state_of(c) for t in tunnels), "off: no device yet") for c in Capability},
         repairs=sum(tunnel.repairs for tunnel in tunnels),
         queues=min((tunnel.queues for tunnel in tunnels), key=lambda queues: queues.used, default=None),
-        pumps={"tx": _totals([statistics.tx for statistics in found]), "rx": _totals([s.rx for s in found])},
+        pumps={"tx": totals(each.tx for each in found), "rx": totals(each.rx for each in found)},
     )
-
-
-def _totals(pumps: Collection[PumpCounters]) -> dict[str, int]:
-    """The sums of one direction over all tunnels; drops are told by themselves."""
-    total: Counter[str] = Counter()
-    for pump in pumps:
-        total.update({name: count for name, count in pump.items() if isinstance(count, int)})
-    return dict(total)
 
 
 def _peers(routes: Iterable[RouteCounters], now: float) -> Iterator[PeerStatus]:

@@ -38,6 +38,7 @@ from dataplane.path.facts import (
     SourceCheck,
     Vxlan,
     narrow,
+    totals,
 )
 from dataplane.path.routes import MAX_ROUTES, Routes
 
@@ -318,10 +319,8 @@ def _checked(outer: Outer) -> Outer:
 
 def _together(pumps: Sequence[PumpCounters]) -> PumpCounters:
     """The sums of all pumps of one direction."""
-    counters: list[dict[str, Any]] = [{**pump} for pump in pumps]
-    total = {name: sum(each[name] for each in counters) for name in counters[0] if name != "drops"}
     drops = tuple(map(sum, zip(*(pump["drops"] for pump in pumps), strict=True)))
-    return cast("PumpCounters", {**total, "drops": drops})
+    return cast("PumpCounters", {**totals(pumps), "drops": drops})
 
 
 def _borrowed(fd: int) -> socket.socket:

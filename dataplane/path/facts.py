@@ -6,6 +6,8 @@ carried; the numbers that mirror the compiled code's are named here and nowhere 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -79,6 +81,14 @@ class PumpCounters(TypedDict):
     wrong_checksums: int
     events_lost: int
     drops: tuple[int, ...]
+
+
+def totals(pumps: Iterable[Mapping[str, object]]) -> dict[str, int]:
+    """The sums of what pumps of one direction have counted; drops are summed by reason elsewhere."""
+    total: Counter[str] = Counter()
+    for pump in pumps:
+        total.update({name: count for name, count in pump.items() if isinstance(count, int)})
+    return dict(total)
 
 
 @dataclass(frozen=True, slots=True)
