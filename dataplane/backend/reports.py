@@ -25,7 +25,7 @@ V = TypeVar("V")
 PATH_MTU_SECONDS = 600.0
 """As long as the kernel keeps what it has learnt of a path (net.ipv4.route.mtu_expires)."""
 
-LEAST_MTU = {4: 576, 6: 1280}
+LEAST_PATH_MTU = {4: 576, 6: 1280}
 """By IP version: every path takes that much (RFC 791, RFC 8200); one that claims less is somebody's forgery."""
 
 REPEAT_SECONDS = 60.0
@@ -80,7 +80,7 @@ class Reports:
         """Ask the kernel what it has learnt, and forget it when the kernel does."""
         whole = underlay.path_mtu(peer)
         mtu = whole - self._overhead
-        if whole < LEAST_MTU[peer.version] or mtu >= ours or peer in self._path_mtus:
+        if whole < LEAST_PATH_MTU[peer.version] or mtu >= ours or peer in self._path_mtus:
             return
         log.warning("The path to %s takes inner packets of %d bytes, not %d", peer, mtu, ours)
         self._set_path_mtu(peer, mtu)
