@@ -53,6 +53,7 @@ FLOORS = {
     2: [
         "backend.attention",
         *("lease.sqlite_database", "lease.etcd_endpoint", "lease.config", "lease.gathering"),
+        *("lease.acquire", "lease.journal"),
         *("kernel.*", "path.datapath"),
         *("debug.dissect", "debug.layers", "debug.metrics"),
     ],

@@ -1,8 +1,9 @@
 """Owns the talk with the lease store for one network: get a lease, keep it, follow those of the peers.
 
-Free of: decisions. What is a peer decides `table`, which subnet to ask for `allocate`, what to do about our own key
-`ownership`; here is when to ask the store, and what the log says. Invariant: every write of our own and every look at
-what the store says happens under one lock, so facts reach table and ownership in an order that the store could tell.
+Free of: decisions. What is a peer decides `table`, how a subnet is got `acquire`, what to do about our own key
+`ownership`, how much is said of it all `journal`; here is when to ask the store. Invariant: every write of our own and
+every look at what the store says happens under one lock, so facts reach table and ownership in an order that the store
+could tell.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from random import Random
 
 from dataplane.errors import HistoryGone, StoreError, StoreUnavailable
 from dataplane.lease import texts
-from dataplane.lease.allocate import Claim, Discard, Proof, Reuse, Take, Wish, plan
+from dataplane.lease.acquire import Acquired, Acquisition
+from dataplane.lease.allocate import Claim, Wish
 from dataplane.lease.config import Clock, Sleep, range_v4, range_v6
 from dataplane.lease.gathering import in_portions
+from dataplane.lease.journal import Journal
 from dataplane.lease.loss import Losses
 from dataplane.lease.model import LEASE_TTL, Lease, LeaseAttrs, LeaseEvent, LeaseKey
-from dataplane.lease.ownership import Finding, Ownership, Standing
-from dataplane.lease.retry import Backoff, LogBudget, LogGate
+from dataplane.lease.ownership import Ownership, Standing
+from dataplane.lease.retry import Backoff
 from dataplane.lease.store import Entry, LeaseStore, Snapshot
 from dataplane.lease.table import LeaseTable, Update
 from dataplane.netconf import NetworkConfig
@@ -108,15 +110,15 @@ class LeaseKeeper:
         self._seen: Snapshot | None = None
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._gate = LogGate()
-        self._rejection_lines = LogBudget(20, seconds=3.0)
-        self._event_lines = LogBudget(200, seconds=0.1)
-        self._events_unsaid = 0
-        self.store_error = ""
-        """The trouble with the store at this moment, empty when there is none."""
+        self._journal = Journal(store.name, clock)
         self.synced = False
         """Whether the peers were delivered, once at least."""
         self.counters = KeeperCounters()
+
+    @property
+    def store_error(self) -> str:
+        """The trouble with the store at this moment, empty when there is none."""
+        return self._journal.store_error
 
     @property
     def own(self) -> Lease | None:
@@ -178,51 +180,25 @@ class LeaseKeeper:
     async def acquire(self) -> Lease:
         """Get a lease, however long the store or a race takes. Raises LeaseError when no subnet is free."""
         backoff = Backoff(1.0, 5.0, self._rng, growth=1.1)
+        acquisition = Acquisition(self._store, self._wish, self._attrs, rng=self._rng, clock=self._clock)
         while True:
             try:
-                lease = await self._attempt()
+                acquired = await acquisition.attempt()
             except StoreError as error:
-                self._trouble("Couldn't acquire lease", error)
+                self._journal.trouble("Couldn't acquire lease", error)
                 await self._sleep(backoff.next())
                 continue
-            self._fine()
-            if lease is not None:
-                return lease
+            self._journal.fine()
+            self.counters.lost_races = acquisition.lost_races
+            if acquired is not None:
+                return self._begin(acquired)
             await self._sleep(self._rng.uniform(0.0, _RACE_PAUSE))
 
-    async def _attempt(self) -> Lease | None:
-        """One look and one write; None if the look has to be repeated."""
-        snapshot = await self._store.snapshot()
-        step = plan(snapshot.entries, self._wish, self._rng)
-        started = self._clock()
-        match step:
-            case Discard(entry):
-                log.warning("Found lease %s of this node that does not fit the network config, deleting it", entry.key)
-                await self._store.delete(entry.key, expected=entry)
-                return None
-            case Reuse(entry, key, proof):
-                words = "current IP" if proof is Proof.PUBLIC_IP else "this node under its former IP, now"
-                log.info("Found lease (%s) for %s (%s), reusing", texts.families(key), words, self._attrs.node)
-                ttl = None if entry.reserved else LEASE_TTL
-                written = await self._store.replace(entry.key, self._attrs.encode(), ttl, expected=entry)
-            case Take(key, previous):
-                if previous:
-                    log.info("Found previously leased subnet (%s), reusing", texts.subnets(key))
-                else:
-                    for subnets in self._wish.ranges:
-                        log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
-                # should the answer be lost, the next attempt asks for the same key, not for a second one
-                self._wish = replace(self._wish, previous=key)
-                written = await self._store.create(str(key), self._attrs.encode(), LEASE_TTL)
-        if written is None:
-            self.counters.lost_races += 1
-            log.warning("Another node was faster with lease %s, trying again", key)
-            return None
-        if isinstance(step, Take):
-            log.info("Allocated lease (%s) to current node (%s)", texts.families(key), self._attrs.node)
-        self._seen = snapshot
-        self._own = Ownership(written, key, self._attrs, renew_margin=self._renew_margin, written=started)
-        self._table.set_own(written.key)
+    def _begin(self, acquired: Acquired) -> Lease:
+        self._seen = acquired.snapshot
+        entry, margin = acquired.entry, self._renew_margin
+        self._own = Ownership(entry, acquired.key, self._attrs, renew_margin=margin, written=acquired.started)
+        self._table.set_own(entry.key)
         self._tell_own(self._own)
         return self._own.lease
 
@@ -230,7 +206,6 @@ class LeaseKeeper:
         """Say `attrs` in our lease from now on, by compare-and-put, with its subnet and kind of TTL as they are.
         `run` writes it, at once or as soon as the store takes it; this call does not wait for that."""
         self._attrs = attrs
-        self._wish = replace(self._wish, public_ip=attrs.public_ip, public_ipv6=attrs.public_ipv6)
         if self._table.move(attrs.public_ip, attrs.public_ipv6):
             self._audit_at = self._clock()  # who has our new address, or our old one, is another question now
         if self._own is not None:
@@ -264,13 +239,13 @@ class LeaseKeeper:
                 else:
                     # a watch on a quiet store says nothing: only an answer tells that the store is back
                     await self._store.read_config()
-                    self._fine()
+                    self._journal.fine()
                 await self._watch(own, backoff)
             except HistoryGone as error:
                 look = True
                 log.info("Taking a new snapshot of the leases: %s", error)
             except StoreError as error:
-                self._trouble("The watch of the leases was interrupted", error)
+                self._journal.trouble("The watch of the leases was interrupted", error)
             self.counters.interruptions += 1
             if self._audit_at is None:
                 # a store that was wiped meanwhile may have counted past our revision: a snapshot shows it
@@ -290,7 +265,7 @@ class LeaseKeeper:
                 backoff.reset()
                 began = self._clock()
                 async with self._turn:
-                    self._fine()
+                    self._journal.fine()
                     await self._deliver(own, self._table.apply(portion), certain=False)
                 spent = self._clock() - began
                 if len(portion.changes) >= PORTION and spent:
@@ -304,7 +279,7 @@ class LeaseKeeper:
         """
         seen, self._seen = self._seen, None
         snapshot = seen or await self._store.snapshot()
-        self._fine()
+        self._journal.fine()
         self.counters.resyncs += 1
         former, self._former = self._former, None
         kept: tuple[LeaseEvent, ...] = ()
@@ -334,7 +309,7 @@ class LeaseKeeper:
             finding = own.observe(update.own, self._clock(), certain=certain)
             if finding is not None:
                 self._wake.set()
-                self._say_finding(own, finding)
+                self._journal.finding(own, finding)
             if own.entry != before:
                 self._tell_own(own)
         if update.lost:
@@ -342,14 +317,12 @@ class LeaseKeeper:
                 self._wake.set()
             self._losses.lost(update.lost, self._clock())
         self.counters.rejections += len(update.rejections)
-        for rejection in update.rejections:
-            if not rejection.again and self._rejection_lines.passes(self._clock()):
-                log.warning("Lease %.80s is not obeyed: %s", rejection.key, rejection.reason)
+        self._journal.rejections(update.rejections)
         self.counters.events += len(update.events)
         # the first snapshot is told also where it has no peers: what the kernel holds for some is left over
         if update.events or not self.synced:
             await self._on_events(update.events)
-        self._say_events(update.events)
+        self._journal.events(update.events)
 
     async def _upkeep(self, own: Ownership) -> None:
         """Write our lease when that is due; look at all leases when a grace ends, or some time after a break."""
@@ -371,10 +344,14 @@ class LeaseKeeper:
                     await self._act(own)
             except StoreError as error:
                 if not urgent:
-                    self._say_postponed(error, renewal=own.due() == due)
+                    if own.due() == due:
+                        self._journal.renewal_failed(error)
+                    else:
+                        self._journal.trouble("Couldn't look at the leases", error)
                     await self._pause(min(_RENEWAL_RETRY, self._losses.next - self._clock()))
                     continue
-                self._trouble(f"Couldn't {'change our lease' if own.changing else 'put our lease back'}", error)
+                wish = "change our lease" if own.changing else "put our lease back"
+                self._journal.trouble(f"Couldn't {wish}", error)
             if self._due(own) == due:
                 await self._pause(backoff.next())
 
@@ -407,7 +384,7 @@ class LeaseKeeper:
         except StoreError:
             own.in_doubt(value, started)
             raise
-        self._fine()
+        self._journal.fine()
         if written is None:
             self.counters.lost_races += 1
             await self._resync(own)
@@ -421,7 +398,7 @@ class LeaseKeeper:
             log.info("Lease %s now says that this node is at %s", own.text, own.lease.attrs.node)
         else:
             self.counters.renewals += 1
-            log.info("Lease renewed, new expiration: %s", _wall_time(own.expires_at, started))
+            self._journal.renewed(own)
         self._tell_own(own)
 
     def _tell_own(self, own: Ownership) -> None:
@@ -439,56 +416,7 @@ class LeaseKeeper:
                 wait.cancel()
         self._wake.clear()
 
-    def _trouble(self, what: str, error: StoreError) -> None:
-        self.store_error = str(error)
-        if self._gate.passes(str(error), self._clock()):
-            log.warning("%s: %s", what, error)
-
-    def _say_events(self, events: Sequence[LeaseEvent]) -> None:
-        """A line for each, in flannel's words; in a storm of them a few lines a second, and how many were left out."""
-        for line in texts.event_lines(events):
-            if not self._event_lines.passes(self._clock()):
-                self._events_unsaid += 1
-                continue
-            if self._events_unsaid:
-                log.info("%d lines about other subnets were left out", self._events_unsaid)
-                self._events_unsaid = 0
-            log.info("%s", line)
-
-    def _say_postponed(self, error: StoreError, *, renewal: bool) -> None:
-        if renewal:
-            self.store_error = str(error)
-            log.error("Error renewing lease (trying again in 1 min): %s", error)
-        else:
-            self._trouble("Couldn't look at the leases", error)
-
-    def _fine(self) -> None:
-        self.store_error = ""
-        if self._gate.calm():
-            log.info("The lease store %s answers again", self._store.name)
-
-    def _say_finding(self, own: Ownership, finding: Finding) -> None:
-        key, store, ip = own.text, self._store.name, self._attrs.node
-        match finding:
-            case Finding.GONE:
-                log.error("Our lease %s is gone from %s (deleted or expired): putting it back", key, store)
-            case Finding.FREED:
-                log.warning("Our lease %s is free again in %s: putting it back", key, store)
-            case Finding.TAKEN:
-                log.error("%s", texts.taken(key, store, own.holder, ip))
-            case Finding.TWIN:
-                log.error("%s", texts.twin(key, store, ip))
-            case Finding.ADOPTED:
-                kind = "a reservation without expiry" if own.expires_at is None else "what the store brought back"
-                log.warning("Our lease %s was written by others and names this node (%s): kept as %s", key, ip, kind)
-
 
 def _is_wiped(snapshot: Snapshot, known: int) -> bool:
     """Nothing in it is as old as what was known, even if some nodes have put theirs back already."""
     return snapshot.revision < known or all(entry.create_revision > known for entry in snapshot.entries)
-
-
-def _wall_time(at: float | None, now: float) -> str:
-    if at is None:
-        return "never (a reservation)"
-    return (datetime.now(UTC) + timedelta(seconds=at - now)).strftime("%Y-%m-%d %H:%M:%S +0000 UTC")
