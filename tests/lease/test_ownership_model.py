@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 from itertools import combinations
+from math import inf
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -31,7 +32,7 @@ from dataplane import netconf
 from dataplane.lease.model import LEASE_TTL, LeaseAttrs
 from dataplane.lease.store import Entry, Snapshot
 from tests.lease.fake_store import ManualClock, SimulatedStore
-from tests.lease.test_keeper import Node, value
+from tests.lease.simulated_node import Node, value
 
 STEPS = 100_000
 STEPS_EACH = 100
@@ -61,15 +62,16 @@ class Daemon:
         return node
 
     def remember(self) -> None:
-        """What the state file has at this moment."""
+        """What the state file has at this moment, where a reservation's time is never over."""
         keeper = self.node.keeper
         own = keeper._own
-        if own is not None and own.expires_at is not None:
+        if own is not None:
             peers = (
                 Entry(text, lease.attrs.encode(), lease.create_revision, lease.mod_revision, lease.reserved)
                 for text, lease in keeper.peers.items()
             )
-            self.past = own.entry, own.expires_at, Snapshot(keeper.revision, (*peers, own.entry))
+            until = inf if own.expires_at is None else own.expires_at
+            self.past = own.entry, until, Snapshot(keeper.revision, (*peers, own.entry))
 
     async def restart(self, *, without_store: bool) -> None:
         self.remember()
@@ -79,7 +81,8 @@ class Daemon:
         self.node.client.offline = offline
         if without_store and self.past is not None and self.past[1] > self.store.clock.now:
             held, until, snapshot = self.past
-            self.node.keeper.resume(held, until - self.store.clock.now, snapshot)
+            left = None if held.reserved else until - self.store.clock.now
+            self.node.keeper.resume(held, left, snapshot)
             self.node.task = asyncio.create_task(self.node.keeper.run())
         else:
             self.node.task = asyncio.create_task(self.node.live())
