@@ -30,8 +30,10 @@ OWN_V4, OWN_V6 = IPv4Network("10.5.1.0/24"), IPv6Network("fd00:5:0:1::/64")
 
 @contextmanager
 def open_node() -> Iterator[Namespace]:
-    """`eth0`, 198.18.0.1/15 and fd00:198:18::1/64, whose cable is plugged in."""
+    """`eth0`, 198.18.0.1/15 and fd00:198:18::1/64, whose cable is plugged in. No IPv6 address comes late."""
     with open_namespace() as namespace:
+        settings = [f"net.ipv6.conf.{where}.accept_dad=0" for where in ("all", "default")]
+        namespace.command("sysctl", "-qw", *settings)
         for line in (
             "link add eth0 type veth peer name wire",
             "link set wire up",
@@ -129,6 +131,11 @@ def routes(ns: Namespace, version: int = 4) -> dict[str, tuple[str, str]]:
 
 def _exists(ns: Namespace, device: str) -> bool:
     return any(link["ifname"] == device for link in shown(ns, "ip", "link"))
+
+
+async def calm() -> None:
+    """Until a backend looks no more after what was done so far: what is done next has to make it look by itself."""
+    await asyncio.sleep(0.4)
 
 
 async def until(what: str, check: Callable[[], Any], seconds: float = 20.0) -> Any:

@@ -12,6 +12,7 @@ from dataplane.errors import ConfigError
 from dataplane.kernel.netlink import Netlink
 from tests.backend.one_node import (
     added,
+    calm,
     facing,
     network,
     on_node,
@@ -49,6 +50,7 @@ def test_routes_follow_the_leases_and_come_back(ns: Namespace) -> None:
             "route replace 10.5.2.0/24 via 198.18.0.77",
             "route flush proto boot",
         ):
+            await calm()
             ns.command("ip", *taken.split())
             await until(f"whole again after: {taken}", lambda: routes(ns) == both)
         # a device that goes down takes the routes along without a word, and has no room for them meanwhile

@@ -22,6 +22,7 @@ from dataplane.lease.model import Lease, LeaseEvent, LeaseEventKind, LeaseKey
 from dataplane.netconf import NetworkConfig, VxlanConfig
 from tests.backend.one_node import (
     added,
+    calm,
     facing,
     fdb,
     mac_of,
@@ -358,6 +359,7 @@ def test_what_others_take_away_comes_back_complete(ns: Namespace, what: str) -> 
     async def work(backend: KernelVxlanBackend) -> None:
         before = device(ns)
         assert stands(ns, *peers)
+        await calm()
         ns.command(*TAKEN[what].split())
 
         def whole() -> bool:
@@ -383,6 +385,7 @@ def test_the_ipv6_device_is_watched_too(ns: Namespace) -> None:
             "ip -6 route flush proto boot",
             "ip -6 neigh flush dev flannel-v6.1 nud permanent",
         ):
+            await calm()
             ns.command(*line.split())
             await until(
                 f"whole again after: {line}",
@@ -398,6 +401,7 @@ def test_an_overrun_leads_to_an_audit_at_once(ns: Namespace, monkeypatch: pytest
     peers = [peer(number) for number in range(2, 12)]
 
     async def work(backend: KernelVxlanBackend) -> None:
+        await calm()
         # in the loop's own thread, so that nothing is read before the events of it do not fit any more
         lines = [f"route add 10.6.{number}.0/24 dev eth0" for number in range(256)]
         ns.command("ip", "-batch", "-", stdin="\n".join([*lines, f"route flush dev {DEVICE}"]))
@@ -453,13 +457,16 @@ def test_direct_routing_is_remembered_and_decided_anew(ns: Namespace) -> None:
         assert fdb(ns, DEVICE) == {mac_text(far): "192.0.2.3"}
         assert {str(p.subnet): p.direct for p in backend.status().peers} == {"10.5.2.0/24": True, "10.5.3.0/24": False}
         # the far one moves next door
+        await calm()
         ns.command("ip", *["route", "replace", "192.0.2.0/24", "dev", "eth0"])
         await until("the far one is direct", lambda: routes(ns).get("10.5.3.0/24") == ("192.0.2.3", "eth0"))
         await until("nothing of the tunnel is left", lambda: fdb(ns, DEVICE) == neighbours(ns, DEVICE) == {})
         # and away again
+        await calm()
         ns.command("ip", *["route", "replace", "192.0.2.0/24", "via", "198.18.0.7"])
         await until("the far one is in the tunnel", lambda: stands_both(near, far))
         # a direct route that others take away
+        await calm()
         ns.command("ip", *["route", "del", "10.5.2.0/24"])
         await until("the direct route is back", lambda: stands_both(near, far))
         await backend.apply(removed(near, far))
