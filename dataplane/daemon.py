@@ -14,7 +14,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from dataplane import __version__, collecting, klog, netconf, parts, systemd
@@ -108,6 +109,15 @@ async def _trouble_of(store: LeaseStore) -> str:
         return str(error)
 
 
+@contextlib.contextmanager
+def _ending_with(words: str) -> Iterator[None]:
+    """What ends a start here is told behind these words of flannel's, which guides and scripts look for."""
+    try:
+        yield
+    except LodenError as error:
+        raise LodenError(f"{words}: {error}") from error
+
+
 def _stop_once(stop: asyncio.Event, number: signal.Signals) -> None:
     """The first signal stops in order; a second one kills, as with flannel."""
     log.info("Received %s, stopping", signal.Signals(number).name)
@@ -136,7 +146,8 @@ class Daemon:
             await self._listen(stack)
             self._memory = Memory(self._places.state)
             stack.push_async_callback(self._memory.close)
-            self._store = await parts.open_store(self._options)
+            with _ending_with("Failed to create SubnetManager"):
+                self._store = await parts.open_store(self._options)
             stack.push_async_callback(self._store.close)
             self._answers.store = self._store.name
             log.info("Created subnet manager: %s", self._manager_words())
@@ -175,19 +186,15 @@ class Daemon:
             stack.push_async_callback(netlink.close)
             surveyor = Surveyor(self._options, network, netlink)
             facing = await surveyor.first()
-            backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
+            with _ending_with("Error fetching backend"):
+                backend = await parts.make_backend(self._options, network, facing, netlink, self._memory)
             stack.push_async_callback(backend.close)
             rest = MOST_REST if parts.give_way(backend) else 0.0
-            keeper = self._keeper = await self._make_keeper(store, network, backend, claim, rest)
-            self._answers.know(keeper, backend, lambda: self._following.facing if self._following else facing, network)
-            if past is None:
-                former = self._memory.past(store.name)
-                if former is not None:
-                    keeper.remember(former.snapshot)
-                lease = await keeper.acquire()
-            else:
-                lease = keeper.resume(past.own, past.left, past.snapshot)
-            await backend.attach(lease)
+            with _ending_with("Error registering network"):
+                keeper = self._keeper = await self._make_keeper(store, network, backend, claim, rest)
+                self._answers.know(keeper, backend, partial(self._facing, facing), network)
+                lease = await self._lease(keeper, past)
+                await backend.attach(lease)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     running = [tasks.create_task(keeper.run())]
@@ -203,6 +210,18 @@ class Daemon:
             except ExceptionGroup as group:
                 raise group.exceptions[0] from group
         return True
+
+    def _facing(self, first: Underlay) -> Underlay:
+        """What faces the underlay now; `first` until that is followed."""
+        return self._following.facing if self._following else first
+
+    async def _lease(self, keeper: LeaseKeeper, past: Past | None) -> Lease:
+        if past is not None:
+            return keeper.resume(past.own, past.left, past.snapshot)
+        former = self._memory.past(self._answers.store)
+        if former is not None:
+            keeper.remember(former.snapshot)
+        return await keeper.acquire()
 
     def _follow_node(
         self,

@@ -14,6 +14,8 @@ import pytest
 
 from dataplane.debug.control import request
 from dataplane.errors import LodenError
+from tests.certificates import make_certificates
+from tests.etcd_server import EtcdServer
 
 FLANNELD = str(Path(sys.executable).with_name("flanneld"))
 
@@ -63,6 +65,7 @@ def test_what_is_switched_off_is_accepted(tmp_path: Path) -> None:
     """The start goes on to the store, which is a directory here: exit 1, not 2."""
     done = flanneld("-ip-masq=false", f"--lease-store=sqlite://{tmp_path}", f"--subnet-file={tmp_path}/s.env")
     assert done.returncode == 1
+    assert f"] Failed to create SubnetManager: lease database {tmp_path} " in done.stderr, "flannel's own words"
     assert "Traceback" not in done.stderr
 
 
@@ -82,15 +85,14 @@ def test_python_dash_m_is_the_same_program() -> None:
 class Waiting:
     """A daemon that waits for a net-conf, which nobody writes."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *flags: str) -> None:
+        """`flags`: in place of a store of its own."""
         self.subnet_file = place / "subnet.env"
         self.socket = f"{self.subnet_file}.sock"
         self.log = place / "log"
+        store = flags or (f"--lease-store=sqlite://{place}/leases.db",)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [FLANNELD, f"--lease-store=sqlite://{place}/leases.db", f"--subnet-file={self.subnet_file}"],
-                stderr=log,
-            )
+            self.process = subprocess.Popen([FLANNELD, *store, f"--subnet-file={self.subnet_file}"], stderr=log)
 
     def until_it_answers(self) -> dict[str, object]:
         for _ in range(200):
@@ -101,7 +103,7 @@ class Waiting:
         raise AssertionError(self.log.read_text())
 
     def until_logged(self, text: str) -> None:
-        for _ in range(200):
+        for _ in range(600):
             if text in self.log.read_text():
                 return
             time.sleep(0.05)
@@ -189,6 +191,49 @@ def test_a_units_variables_are_understood_as_flannels() -> None:
         "FLANNELD_V": "2",
     }
     assert understood(**variables)
+
+
+PREFIX, USER, SECRET = "/other/network", "node", "correct horse"
+
+
+def make_guarded(server: EtcdServer, net_conf: str) -> None:
+    """Users, of whom one may touch our prefix, where there is a net-conf that no daemon can begin with."""
+    server.etcdctl("put", f"{PREFIX}/config", text=net_conf)
+    for arguments in (
+        ("user", "add", f"root:{SECRET}"), ("user", "grant-role", "root", "root"), ("role", "add", "flannel"),
+        ("role", "grant-permission", "flannel", "--prefix=true", "readwrite", f"{PREFIX}/"),
+        ("user", "add", f"{USER}:{SECRET}"), ("user", "grant-role", USER, "flannel"), ("auth", "enable"),
+    ):  # fmt: skip
+        server.etcdctl(*arguments)
+
+
+@pytest.mark.etcd
+def test_every_flag_of_etcds_together_and_the_next_endpoint_where_one_dies(tmp_path: Path) -> None:
+    """TLS both ways, a user, a prefix and three endpoints, of which the first was never there and the second dies."""
+    tls = make_certificates(tmp_path)
+    with EtcdServer(tls=tls) as second, EtcdServer(tls=tls) as third:
+        make_guarded(second, '{"Network":"the second\'s"}')
+        make_guarded(third, '{"Network":"the third\'s"}')
+        daemon = Waiting(
+            tmp_path, f"-etcd-endpoints=https://127.0.0.1:1,{second.url},{third.url}", f"-etcd-prefix={PREFIX}",
+            f"-etcd-cafile={tls.ca}", f"-etcd-certfile={tls.client_cert}", f"-etcd-keyfile={tls.client_key}",
+            f"-etcd-username={USER}", f"-etcd-password={SECRET}",
+        )  # fmt: skip
+        daemon.until_logged("the second's")
+        second.kill()
+        daemon.until_logged("the third's")
+        daemon.process.terminate()
+        assert daemon.process.wait(10) == 0
+    assert SECRET not in daemon.log.read_text()
+
+
+def test_a_stack_trace_is_logged_where_the_flag_asks_for_one(tmp_path: Path) -> None:
+    place = (f"--lease-store=sqlite://{tmp_path}", f"--subnet-file={tmp_path}/s.env")
+    quiet, stack = flanneld(*place).stderr, "  File "
+    line = next(line for line in quiet.splitlines() if "Installing signal handlers" in line)
+    at = line.partition("]")[0].split()[-1]
+    assert stack not in quiet
+    assert stack in flanneld(*place, f"-log_backtrace_at={at}").stderr
 
 
 def test_the_password_is_not_logged() -> None:

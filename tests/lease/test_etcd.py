@@ -13,23 +13,19 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from dataplane.errors import ConfigError, HistoryGone, StoreDenied, StoreError, StoreUnavailable
 from dataplane.lease import etcd_endpoint
 from dataplane.lease.etcd import EtcdStore
 from dataplane.lease.store import Deleted, Entry
+from tests.certificates import make_certificates
 from tests.etcd_server import EtcdServer, TlsFiles
 from tests.lease.test_store_conformance import KEY, SOON, VALUE, changes_until, make, watching
 
@@ -538,52 +534,3 @@ asyncio.run(main())
     expected = "StoreUnavailable cannot reach etcd: http://etcd.invalid:2379: the name 'etcd.invalid' does not resolve"
     assert done.stdout.startswith(expected)
     assert done.stderr == ""  # gRPC itself writes nothing
-
-
-# --- certificates ---------------------------------------------------------------------------------------------
-
-
-def make_certificates(directory: Path, address: str = "127.0.0.1") -> TlsFiles:
-    """A CA, a server certificate for `address`, and a client certificate, as PEM files."""
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca = certificate("test CA", ca_key, None, ca_key, x509.BasicConstraints(ca=True, path_length=0))
-    write(directory / "ca.pem", ca)
-    for name in ("server", "client"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        alternative = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address(address)), x509.DNSName(f"{name}.test")])
-        write(directory / f"{name}.pem", certificate(name, key, ca, ca_key, alternative))
-        write(directory / f"{name}.key", key)
-    return TlsFiles(
-        ca=directory / "ca.pem",
-        cert=directory / "server.pem",
-        key=directory / "server.key",
-        client_cert=directory / "client.pem",
-        client_key=directory / "client.key",
-    )
-
-
-def certificate(
-    name: str, key: ec.EllipticCurvePrivateKey, issuer: x509.Certificate | None, issuer_key: ec.EllipticCurvePrivateKey,
-    extension: x509.ExtensionType,
-) -> x509.Certificate:  # fmt: skip
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(extension, critical=False)
-        .sign(issuer_key, hashes.SHA256())
-    )
-
-
-def write(path: Path, item: Any) -> None:
-    pem = serialization.Encoding.PEM
-    if isinstance(item, x509.Certificate):
-        path.write_bytes(item.public_bytes(pem))
-    else:
-        path.write_bytes(item.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))

@@ -236,4 +236,5 @@ def test_a_backend_that_is_not_carried_ends_the_start_with_one_sentence(make_lab
     done = lab.run("n1", node.daemon_argv(), check=False)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("E")]
-    assert "Backend.Type 'wireguard' is not carried by Loden: for an encrypted network keep flannel's own" in line
+    words = "Error fetching backend: Backend.Type 'wireguard' is not carried by Loden: "
+    assert f"] {words}for an encrypted network keep flannel's own" in line

@@ -152,6 +152,7 @@ def test_a_taken_port_ends_the_start_and_names_who_holds_it(make_lab: MakeLab) -
     with holding_port(lab, node) as holder:
         done = lab.run(node.name, node.daemon_argv(), check=False, timeout=60)
         assert done.returncode == 1, done.stderr
+        assert "] Error registering network: " in done.stderr, "flannel's words, which guides quote"
         assert "8285" in done.stderr
         assert str(holder) in done.stderr, "the text names the process that holds the port"
         assert "Traceback" not in done.stderr
