@@ -34,8 +34,11 @@ from dataplane.errors import LodenError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the result is the exit code."""
     parser = argparse.ArgumentParser(
-        prog="loden", allow_abbrev=False, description="Loden, a container overlay network: its config, and labs of it."
+        prog="loden",
+        allow_abbrev=False,
+        description="Loden, a container overlay network: how a node is, its packets, the config of all nodes, labs.",
     )
+    parser.add_argument("--version", action="version", version=version.TEXT, help="print the version and exit")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     lab_verbs = lab.add(verbs)
     demo.add(lab_verbs)

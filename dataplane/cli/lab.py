@@ -180,5 +180,5 @@ def _down(arguments: argparse.Namespace) -> int:
     from dataplane.lab import Lab
 
     for name in Lab.names() if arguments.all else [arguments.name]:
-        print(f"lab {name} is gone" if Lab.destroy(name) else f"there is no lab {name}; nothing to do")
+        print(f"lab {name} is gone" if Lab.destroy(name) else f"there is no lab {name!r}; nothing to do")
     return 0

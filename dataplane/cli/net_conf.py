@@ -54,7 +54,7 @@ def _set(arguments: argparse.Namespace) -> int:
     import asyncio
 
     name = asyncio.run(write())
-    print(f"network {config.network} is set in {name}")
+    print(f"network {' and '.join(map(str, config.networks))} is set in {name}")
     return 0
 
 

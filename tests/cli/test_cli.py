@@ -40,7 +40,11 @@ def url(tmp_path: Path) -> str:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == f"loden {dataplane.__version__}\n"
+    said = capsys.readouterr().out
+    assert said == f"loden {dataplane.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == said
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -56,6 +60,22 @@ def test_a_net_conf_is_checked_and_written(url: str, tmp_path: Path, capsys: pyt
     assert main(["net-conf", "set", str(file), f"--lease-store={url}"]) == 0
     assert stored(url) == GOOD
     assert "10.5.0.0/16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "networks"),
+    [
+        (b'{"Network":"10.5.0.0/16", "EnableIPv6":true, "IPv6Network": "fd00:5::/48"}', "10.5.0.0/16 and fd00:5::/48"),
+        (b'{"EnableIPv4":false, "EnableIPv6":true, "IPv6Network": "fd00:5::/48"}', "fd00:5::/48"),
+    ],
+)
+def test_what_is_set_is_told_of_each_family(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes, networks: str
+) -> None:
+    file = tmp_path / "net-conf.json"
+    file.write_bytes(text)
+    assert main(["net-conf", "set", str(file), f"--lease-store={url}"]) == 0
+    assert capsys.readouterr().out.startswith(f"network {networks} is set in lease database ")
 
 
 def test_a_net_conf_comes_from_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +129,7 @@ def test_errors_are_one_sentence_and_exit_code_1(argv: list[str], capsys: pytest
 
 def test_down_of_a_lab_that_is_not_there_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "down", "--name=never-was"]) == 0
-    assert "there is no lab never-was" in capsys.readouterr().out
+    assert "there is no lab 'never-was'; nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.netns
