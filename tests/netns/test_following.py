@@ -117,11 +117,12 @@ def test_a_node_without_any_address_keeps_what_it_had_until_there_is_one(make_la
     until("packets flow", lambda: reaches(lab, "n1-p1", "n2-p1"))
 
 
-def test_the_default_route_moves_to_another_interface(
-    make_lab: MakeLab, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("backend", "dataplane"), [("udp", ""), ("vxlan", "kernel"), ("vxlan", "userspace")])
+def test_a_stream_lives_on_while_the_default_route_moves_to_another_interface(
+    make_lab: MakeLab, capfd: pytest.CaptureFixture[str], backend: str, dataplane: str
 ) -> None:
     """Without -iface the default route decides, also later."""
-    lab = make_lab(2)
+    lab = make_lab(2, backend=backend, dataplane=dataplane)
     node = lab.node("n1")
     node.stop_daemon()
     lab.run("n1", ["ip", "link", "add", "eth9", "link", "eth0", "type", "macvlan", "mode", "bridge"])
@@ -132,9 +133,13 @@ def test_the_default_route_moves_to_another_interface(
     with lab.open_process("n1", argv) as daemon, daemon:
         until("it is ready", lambda: (node.status() or {}).get("ready"))
         assert lease_of(lab, node, "n2")["public_ip"] == str(node.address.ip)
-        lab.run("n1", ["ip", "route", "replace", "default", "via", "198.18.0.1", "dev", "eth9"])
-        until("n2 knows", knows(lab, node, "n2", "198.18.6.6"))
         until("packets flow", lambda: reaches(lab, "n1-p1", "n2-p1"))
+        with lab.traffic("tcp", "n1-p1", "n2-p1", "--bytes=20000000", "--until-eof") as run:
+            lab.run("n1", ["ip", "route", "replace", "default", "via", "198.18.0.1", "dev", "eth9"])
+            until("n2 knows", knows(lab, node, "n2", "198.18.6.6"))
+            until("packets flow", lambda: reaches(lab, "n1-p1", "n2-p1"))
+            assert run.poll() is None, "the stream was over before the node had moved"
+            assert measure.verdict(run, 120)["equal"]
         daemon.terminate()
         assert daemon.wait(30) == 0
     assert "interface eth0 is eth9 now" in capfd.readouterr().err
