@@ -64,6 +64,8 @@ def test_ours_is_told_from_flannels(tmp_path: Path) -> None:
 @pytest.fixture
 def node() -> Iterator[Namespace]:
     with open_namespace() as namespace:
+        # an IPv6 address that is still being asked about changes by itself
+        namespace.command("sysctl", "-qw", *(f"net.ipv6.conf.{where}.accept_dad=0" for where in ("all", "default")))
         namespace.command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0p")
         for device in ("eth0", "eth0p"):
             namespace.command("ip", "link", "set", device, "up")
@@ -91,7 +93,9 @@ def check(node: Namespace, *flags: str) -> tuple[int, dict[str, list[str]]]:
 
 def everything(node: Namespace, etcd: EtcdServer, place: Path) -> list[str]:
     """Whatever a check could have changed."""
-    looks = [["ip", "-4", "addr"], ["ip", "route"], ["nft", "list", "ruleset"]]
+    routes = [["ip", family, "route", "show", "table", "all"] for family in ("-4", "-6")]
+    others = ("ip -d addr", "ip rule", "ip neigh", "bridge fdb", "nft list ruleset")
+    looks = [*routes, *(line.split() for line in others)]
     listed = [node.command(*argv).stdout for argv in looks]
     return [*listed, etcd.etcdctl("get", "--prefix", "", "-w", "json"), *sorted(map(str, place.rglob("*")))]
 
