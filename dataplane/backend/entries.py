@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from dataplane.backend.attention import Attention
 from dataplane.backend.base import BackendStatus, PeerStatus
@@ -325,8 +326,15 @@ class PeerEntries:
         put = len(missing) - await self._change(list(missing.values()), list(stale.values()))
         if self._audited:
             self.repairs += put + len(stale)
+            self._say_recovered(missing.values())
         self._audited = True
         return Audit(len(self._wanted) - len(missing), put, len(stale))
+
+    def _say_recovered(self, entries: Iterable[Entry]) -> None:
+        """In flannel's words, which scripts look for; of very many the first."""
+        there = (each for each in entries if each.scope.table is Table.ROUTE and each.key not in self._refused)
+        for route in map(rtnetlink.route_of, (entry.body for entry in islice(there, 10))):
+            log.info("Route recovered %s : %s", route.destination, route.gateway)
 
     def _judge(self, entry: Entry | None, present: set[bytes], stale: dict[bytes, Entry]) -> None:
         """What the kernel shows otherwise than we write it, or what is none of the entries that are wanted there."""

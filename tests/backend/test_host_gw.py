@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
@@ -31,7 +32,9 @@ CONFIG = network(Type="host-gw")
 
 
 
-def test_routes_follow_the_leases_and_come_back(ns: Namespace) -> None:
+def test_routes_follow_the_leases_and_come_back(ns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
     async def work(_: Netlink) -> None:
         backend = HostGwBackend(facing(ns), CONFIG)
         attrs = await backend.prepare()
@@ -51,8 +54,10 @@ def test_routes_follow_the_leases_and_come_back(ns: Namespace) -> None:
             "route flush proto boot",
         ):
             await calm()
+            caplog.clear()
             ns.command("ip", *taken.split())
             await until(f"whole again after: {taken}", lambda: routes(ns) == both)
+            await until("it is said", lambda: "Route recovered 10.5.2.0/24 : 198.18.0.2" in caplog.text)
         # a device that goes down takes the routes along without a word, and has no room for them meanwhile
         ns.command("ip", "link", "set", "eth0", "down")
         assert routes(ns) == {}
