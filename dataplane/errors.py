@@ -61,7 +61,7 @@ class DropReason(IntEnum):
     NOT_IP = 1
     """The first nibble is no IP version that is carried, or the header is shorter than its version's least."""
     LENGTH = 2
-    """RX: the inner header or total length is longer than the datagram, or a header is cut off."""
+    """The inner header or total length is longer than what came, or a header is cut off."""
     UNKNOWN_PEER = 3
     """RX: the outer source is no node that holds a lease."""
     SPOOFED_SOURCE = 4

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dataplane.errors import DropReason
 from tests.examples import DOCUMENTS, ROOT, documented, normal, shape
 
 _FENCE = re.compile(r"(?:<!-- example: (\S+) -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -43,3 +44,8 @@ def test_two_runs_agree_in_shape_and_two_texts_do_not() -> None:
     assert normal(documented("status")).count("N") > 4
     assert shape("a 10.244.3.0/24  1.5 Gbit/s NO_ROUTE 3") == shape("a 10.244.77.0/24 22 Mbit/s  0")
     assert shape("node n1 ready") != shape("node n1 gone")
+
+
+def test_every_reason_for_a_drop_stands_in_the_docs() -> None:
+    section = (ROOT / "docs" / "operations.md").read_text().partition("\n## Drops\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [reason.name for reason in DropReason]

@@ -1,6 +1,6 @@
 """Owns the status document: everything that this node knows of itself, as plain JSON values.
 
-Free of IO. Invariant: the same facts always stand under the same names; docs/operations.md lists them.
+Free of IO. Invariant: the same facts always stand under the same names.
 """
 
 from __future__ import annotations
