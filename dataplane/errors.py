@@ -45,6 +45,10 @@ class LeaseInvalid(LeaseError):
     """A key or value in the store is no lease that can be obeyed. Says which part is wrong."""
 
 
+class LeaseForeign(LeaseInvalid):
+    """A lease that is right, of a node that we cannot talk to: it carries by another backend, or another VNI."""
+
+
 class KernelError(LodenError):
     """The kernel refused an operation. Says which, on what object, why, and who holds it where that is known."""
 

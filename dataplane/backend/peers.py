@@ -1,7 +1,8 @@
 """Owns what the other nodes' leases mean for a backend: who can be reached where, and who cannot, with the reason.
 
 Free of: IO, and of how packets are carried. Invariant: where a MAC leads to one node only, as in the kernel's FDB, the
-oldest of the leases that name it is obeyed, in whatever order they came; whoever is not obeyed stands in `ignored`.
+oldest of the leases that name it is obeyed, in whatever order they came; a lease that says nonsense is obeyed as it
+last said something; whatever is not obeyed stands in `ignored`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from dataplane.errors import LeaseInvalid
+from dataplane.errors import LeaseForeign, LeaseInvalid
 from dataplane.lease.model import Lease, LeaseEvent, LeaseEventKind
 
 IPAddress = IPv4Address | IPv6Address
@@ -42,7 +43,7 @@ class Peers:
     """The peers of one IP version: lease events in, changes of what can be reached out.
 
     `mac_of` gives the MAC that a lease names (empty for backends without) and raises LeaseInvalid, with the reason,
-    for a lease that cannot be obeyed.
+    for a lease that cannot be obeyed, LeaseForeign where nothing is wrong with it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Peers:
         self._claims: dict[bytes, set[IPNetwork]] = {}
         self._obeyed: dict[IPNetwork, Peer] = {}
         self._ignored: dict[IPNetwork, str] = {}
+        self._kept: set[IPNetwork] = set()
 
     @property
     def obeyed(self) -> Mapping[IPNetwork, Peer]:
@@ -75,9 +77,10 @@ class Peers:
         for event in events:
             subnet = next((subnet for subnet in event.lease.key.subnets if subnet.version == self._version), None)
             if subnet is not None:
+                former = self._leases.get(subnet)
                 touched |= {subnet} | self._forget(subnet)
                 if event.kind is not LeaseEventKind.REMOVED:
-                    touched |= self._admit(subnet, event.lease)
+                    touched |= self._admit(subnet, event.lease, former)
         changed: dict[IPNetwork, Peer | None] = {}
         for subnet in touched:
             peer = self._judge(subnet)
@@ -91,6 +94,7 @@ class Peers:
 
     def _forget(self, subnet: IPNetwork) -> set[IPNetwork]:
         """Those who may gain by it."""
+        self._kept.discard(subnet)
         self._ignored.pop(subnet, None)
         _, mac = self._leases.pop(subnet, (None, b""))
         claimants = self._claims.get(mac, set())
@@ -99,15 +103,19 @@ class Peers:
             self._claims.pop(mac, None)
         return set(claimants)
 
-    def _admit(self, subnet: IPNetwork, lease: Lease) -> set[IPNetwork]:
+    def _admit(self, subnet: IPNetwork, lease: Lease, former: tuple[Lease, bytes] | None) -> set[IPNetwork]:
         """Those who may lose by it."""
         try:
             mac = self._mac_of(lease)
             if _address(lease, self._outer) is None:
-                raise LeaseInvalid(f"it has a subnet {subnet} and no public IPv{self._outer} address")
+                raise LeaseForeign(f"it has a subnet {subnet} and no public IPv{self._outer} address")
         except LeaseInvalid as error:
             self._ignored[subnet] = str(error)
-            return set()
+            if former is None or isinstance(error, LeaseForeign) or former[0].create_revision != lease.create_revision:
+                return set()
+            self._ignored[subnet] += "; what it said before stands"
+            self._kept.add(subnet)
+            lease, mac = former
         self._leases[subnet] = lease, mac
         if not mac or self._shared_macs:
             return set()
@@ -121,9 +129,11 @@ class Peers:
             return None
         winner = min(self._claims.get(mac, {subnet}), key=self._age)
         if winner != subnet:
+            self._kept.discard(subnet)
             self._ignored[subnet] = f"its VtepMAC {mac.hex(':')} is that of {winner}, which is the older lease"
             return None
-        self._ignored.pop(subnet, None)
+        if subnet not in self._kept:
+            self._ignored.pop(subnet, None)
         return Peer(subnet, address, mac)
 
     def _age(self, subnet: IPNetwork) -> tuple[int, str]:
@@ -138,10 +148,10 @@ def _address(lease: Lease, version: int) -> IPAddress | None:
 
 
 def check_type(lease: Lease, *types: str) -> None:
-    """Raises LeaseInvalid where the lease's node carries by another backend than `types`, whose last is ours."""
+    """Raises LeaseForeign where the lease's node carries by another backend than `types`, whose last is ours."""
     kind = lease.attrs.backend_type
     if kind not in types:
-        raise LeaseInvalid(f"its node uses backend {kind[:20] or 'udp or alloc'!r}, this one {types[-1]}")
+        raise LeaseForeign(f"its node uses backend {kind[:20] or 'udp or alloc'!r}, this one {types[-1]}")
 
 
 def encode_vtep(vni: int, mac: bytes) -> bytes:
@@ -159,7 +169,7 @@ def decode_vtep(data: bytes, vni: int, own_mac: bytes) -> bytes:
         raise LeaseInvalid("its BackendData is missing or no JSON object") from None
     theirs, text = fields.get("vni"), fields.get("vtepmac")
     if theirs is not None and theirs != vni:
-        raise LeaseInvalid(f"its VNI is {str(theirs)[:20]}, ours {vni}")
+        raise LeaseForeign(f"its VNI is {str(theirs)[:20]}, ours {vni}")
     if not isinstance(text, str) or _MAC.fullmatch(text) is None:
         raise LeaseInvalid("its BackendData has no VtepMAC, or one that is no MAC")
     mac = bytes.fromhex(re.sub("[-:.]", "", text))

@@ -112,7 +112,9 @@ def _told(account: Account, node: Node, lease: Lease) -> Lease | None:
     text = f"{lease.key} is held by {public_of(lease, account.address)}, backend {kind}"
     for subnet in lease.key.subnets:
         if reason := node.status.ignored.get(subnet):
-            account.say("lease", text, f"packets for {subnet} are not carried: {reason}", "loden status")
+            carried = any(peer.subnet == subnet for peer in node.status.peers)
+            fault = f"lease {lease.key} is not obeyed as it is" if carried else f"packets for {subnet} are not carried"
+            account.say("lease", text, f"{fault}: {reason}", "loden status")
             return None
     account.say("lease", text)
     return lease

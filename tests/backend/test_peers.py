@@ -85,15 +85,38 @@ def test_where_macs_may_be_shared_all_who_have_one_are_obeyed() -> None:
 def test_a_lease_that_cannot_be_obeyed_has_a_reason(data: bytes, reason: str) -> None:
     peers = Peers(4, mac_of)
     subnet = IPv4Network("10.5.7.0/24")
-    whole = lease(7, "02000000000a")
-    assert subnet in peers.follow(added(whole))
     if data:
-        assert peers.follow(added(lease(7, "", data=data))) == {subnet: None}
+        assert peers.follow(added(lease(7, "", data=data))) == {}
         assert reason in peers.ignored[subnet]
-        assert subnet in peers.follow(added(whole)), "it comes in again once it is right"
+        assert subnet in peers.follow(added(lease(7, "02000000000a"))), "it comes in once it is right"
         assert peers.ignored == {}
     with pytest.raises(LeaseInvalid, match=reason):
         decode_vtep(data, 1, OWN)
+
+
+def test_a_lease_that_says_nonsense_is_obeyed_as_it_last_said_something() -> None:
+    peers = Peers(4, mac_of)
+    subnet = IPv4Network("10.5.7.0/24")
+    (peer,) = peers.follow(added(lease(7, "02000000000a"))).values()
+    for _ in range(2):
+        nonsense = lease(7, "000000000000", ip="198.18.9.9")
+        assert peers.follow(added(nonsense)) == {}
+        assert peers.obeyed == {subnet: peer}
+        assert peers.ignored == {subnet: "its VtepMAC is all zero; what it said before stands"}
+    assert peers.follow(added(lease(8, "02000000000a", revision=5))) == {}, "its MAC is not free for others"
+    assert peers.follow(removed(lease(8, "02000000000a", revision=5))) == {}
+    assert peers.follow(added(lease(7, "02000000000a"))) == {}
+    assert peers.ignored == {}
+    assert peers.follow(added(lease(7, "000000000000", revision=9))) == {subnet: None}, "another node's by then"
+
+
+@pytest.mark.parametrize("other", [lease(7, "", kind="udp"), lease(7, "", data=encode_vtep(2, OWN))])
+def test_a_node_that_goes_over_to_another_backend_or_vni_is_no_peer_any_more(other: Lease) -> None:
+    peers = Peers(4, mac_of)
+    subnet = IPv4Network("10.5.7.0/24")
+    peers.follow(added(lease(7, "02000000000a")))
+    assert peers.follow(added(other)) == {subnet: None}
+    assert subnet in peers.ignored
 
 
 @pytest.mark.parametrize("text", ["02:00:00:00:00:0A", "02-00-00-00-00-0a", "0200.0000.000a"])

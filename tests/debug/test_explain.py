@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
@@ -115,6 +116,19 @@ def test_a_device_that_is_down(vtep: Namespace) -> None:
     vtep.command(*f"ip route add {THEIRS} via {THEIRS[0]} dev flannel.1 onlink".split())
     entries(vtep)
     assert "no probe was sent" in account(vtep).verdict
+
+
+@pytest.mark.parametrize(
+    ("carried", "fault"),
+    [(True, "lease 10.244.2.0-24 is not obeyed as it is: "), (False, "packets for 10.244.2.0/24 are not carried: ")],
+)
+def test_a_lease_that_its_backend_does_not_obey_is_the_fault(vtep: Namespace, carried: bool, fault: str) -> None:
+    """Also where its node is reached by what it said before: it is the lease that has to be put right."""
+    whole, reason = node(), "its VtepMAC is all zero"
+    peers = whole.status.peers if carried else ()
+    status = dataclasses.replace(whole.status, peers=peers, ignored={THEIRS: reason})
+    found = vtep.run(explain, POD, lambda: dataclasses.replace(whole, status=status), probing=False)
+    assert found.verdict == fault + reason
 
 
 def test_a_lease_that_is_not_obeyed_is_named(vtep: Namespace) -> None:
