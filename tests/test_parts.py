@@ -59,6 +59,8 @@ def choose(tmp_path: Path, backend: dict[str, Any], *flags: str, vxlan: bool = T
         ({"Type": "vxlan"}, [], "KernelVxlanBackend"),
         ({"Type": "vxlan", "Dataplane": "auto"}, [], "KernelVxlanBackend"),
         ({"Type": "vxlan", "Dataplane": "userspace"}, ["-vxlan-dataplane=kernel"], "KernelVxlanBackend"),
+        ({"Type": "vxlan", "Dataplane": "userspace"}, [], "VxlanBackend"),
+        ({"Type": "vxlan", "Dataplane": "kernel"}, ["-vxlan-dataplane=userspace"], "VxlanBackend"),
         ({"Type": "host-gw"}, [], "HostGwBackend"),
         ({"Type": "alloc"}, ["-vxlan-dataplane=userspace"], "AllocBackend"),
         ({"Type": "udp"}, [], "UdpBackend"),
@@ -66,6 +68,13 @@ def choose(tmp_path: Path, backend: dict[str, Any], *flags: str, vxlan: bool = T
 )
 def test_the_flag_wins_then_the_net_conf(tmp_path: Path, backend: dict[str, Any], flags: list[str], name: str) -> None:
     assert choose(tmp_path, backend, *flags) == name
+
+
+@pytest.mark.parametrize(
+    ("dataplane", "flags"), [("auto", []), ("kernel", ["-vxlan-dataplane=auto"]), ("userspace", [])]
+)
+def test_a_kernel_without_vxlan_leaves_it_to_userspace(tmp_path: Path, dataplane: str, flags: list[str]) -> None:
+    assert choose(tmp_path, {"Type": "vxlan", "Dataplane": dataplane}, *flags, vxlan=False) == "VxlanBackend"
 
 
 def test_only_who_has_pumps_gives_way_to_them(tmp_path: Path, gave_way: list[bool]) -> None:
