@@ -1,6 +1,6 @@
 """Owns the status document: everything that this node knows of itself, as plain JSON values.
 
-Free of IO. Invariant: the same facts always stand under the same names.
+Free of IO. Invariant: the same facts always stand under the same names, which docs/operations.md lists.
 """
 
 from __future__ import annotations
