@@ -78,6 +78,23 @@ def test_what_is_set_is_told_of_each_family(
     assert capsys.readouterr().out.startswith(f"network {networks} is set in lease database ")
 
 
+def test_the_net_conf_that_is_there_is_printed_as_it_stands(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["net-conf", "get", f"--lease-store={url}"]) == 1
+    assert "is not there yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert stored(url) is None
+    assert main(["net-conf", "get", f"--lease-store={url}"]) == 1
+    assert "flannel config not found" in capsys.readouterr().err
+    file = tmp_path / "net-conf.json"
+    file.write_bytes(GOOD)
+    assert main(["net-conf", "set", str(file), f"--lease-store={url}"]) == 0
+    capsys.readouterr()
+    assert main(["net-conf", "get", f"--lease-store={url}"]) == 0
+    assert capsys.readouterr().out.encode() == GOOD + b"\n"
+
+
 def test_a_net_conf_comes_from_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(GOOD)))
     assert main(["net-conf", "set", "-", f"--lease-store={url}"]) == 0
