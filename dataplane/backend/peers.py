@@ -75,12 +75,12 @@ class Peers:
         """What changed, by subnet: the peer as it is now, or None where nobody is reached any more."""
         touched: set[IPNetwork] = set()
         for event in events:
-            subnet = next((subnet for subnet in event.lease.key.subnets if subnet.version == self._version), None)
-            if subnet is not None:
-                former = self._leases.get(subnet)
-                touched |= {subnet} | self._forget(subnet)
-                if event.kind is not LeaseEventKind.REMOVED:
-                    touched |= self._admit(subnet, event.lease, former)
+            for subnet in event.lease.key.subnets:
+                if subnet.version == self._version:
+                    touched.add(subnet)
+                    former = self._forget(subnet, touched)
+                    if event.kind is not LeaseEventKind.REMOVED:
+                        self._admit(subnet, event.lease, former, touched)
         changed: dict[IPNetwork, Peer | None] = {}
         for subnet in touched:
             peer = self._judge(subnet)
@@ -92,19 +92,23 @@ class Peers:
                     self._obeyed[subnet] = peer
         return changed
 
-    def _forget(self, subnet: IPNetwork) -> set[IPNetwork]:
-        """Those who may gain by it."""
-        self._kept.discard(subnet)
-        self._ignored.pop(subnet, None)
-        _, mac = self._leases.pop(subnet, (None, b""))
-        claimants = self._claims.get(mac, set())
-        claimants.discard(subnet)
-        if not claimants:
-            self._claims.pop(mac, None)
-        return set(claimants)
+    def _forget(self, subnet: IPNetwork, touched: set[IPNetwork]) -> tuple[Lease, bytes] | None:
+        """What was obeyed, or would be. Those who may gain by it are `touched`."""
+        if self._kept:
+            self._kept.discard(subnet)
+        self._heed(subnet)
+        former = self._leases.pop(subnet, None)
+        if former is not None and (claimants := self._claims.get(former[1])) is not None:
+            claimants.discard(subnet)
+            touched |= claimants
+            if not claimants:
+                del self._claims[former[1]]
+        return former
 
-    def _admit(self, subnet: IPNetwork, lease: Lease, former: tuple[Lease, bytes] | None) -> set[IPNetwork]:
-        """Those who may lose by it."""
+    def _admit(
+        self, subnet: IPNetwork, lease: Lease, former: tuple[Lease, bytes] | None, touched: set[IPNetwork]
+    ) -> None:
+        """Those who may lose by it are `touched`."""
         try:
             mac = self._mac_of(lease)
             if _address(lease, self._outer) is None:
@@ -112,29 +116,35 @@ class Peers:
         except LeaseInvalid as error:
             self._ignored[subnet] = str(error)
             if former is None or isinstance(error, LeaseForeign) or former[0].create_revision != lease.create_revision:
-                return set()
+                return
             self._ignored[subnet] += "; what it said before stands"
             self._kept.add(subnet)
             lease, mac = former
         self._leases[subnet] = lease, mac
-        if not mac or self._shared_macs:
-            return set()
-        self._claims.setdefault(mac, set()).add(subnet)
-        return set(self._claims[mac])
+        if mac and not self._shared_macs:
+            claimants = self._claims.setdefault(mac, set())
+            claimants.add(subnet)
+            touched |= claimants
 
     def _judge(self, subnet: IPNetwork) -> Peer | None:
         lease, mac = self._leases.get(subnet, (None, b""))
         address = None if lease is None else _address(lease, self._outer)
         if address is None:
             return None
-        winner = min(self._claims.get(mac, {subnet}), key=self._age)
-        if winner != subnet:
-            self._kept.discard(subnet)
-            self._ignored[subnet] = f"its VtepMAC {mac.hex(':')} is that of {winner}, which is the older lease"
-            return None
-        if subnet not in self._kept:
-            self._ignored.pop(subnet, None)
+        claimants = self._claims.get(mac)
+        if claimants is not None and len(claimants) > 1:
+            winner = min(claimants, key=self._age)
+            if winner != subnet:
+                self._kept.discard(subnet)
+                self._ignored[subnet] = f"its VtepMAC {mac.hex(':')} is that of {winner}, which is the older lease"
+                return None
+        self._heed(subnet)
         return Peer(subnet, address, mac)
+
+    def _heed(self, subnet: IPNetwork) -> None:
+        # as a rule nobody is ignored: a subnet's hash is made anew each time, of which a storm makes many
+        if self._ignored and subnet not in self._kept:
+            self._ignored.pop(subnet, None)
 
     def _age(self, subnet: IPNetwork) -> tuple[int, str]:
         return self._leases[subnet][0].create_revision, str(subnet)
