@@ -22,6 +22,7 @@ cdef enum:
 cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
     watched.fd = fd
     watched.events = POLLIN
+    watched.revents = 0
 
 
 cdef inline bint looks_again(engine_state* engine, uint64_t* end) noexcept nogil:
@@ -61,13 +62,15 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
     cdef pollfd watched[4]
     cdef uint64_t ignored, end = 0
     cdef bint both, received, sent
+    cdef bint look = True                            # not after a sleep that something else has ended
     cdef int crowded = 0
     watch(&watched[0], engine.udp)
     watch(&watched[1], engine.stop_fd)
     watch(&watched[2], engine.rx_bell)
     watch(&watched[3], engine.tun)
     while not stopping(engine):
-        received = receive_batch(engine, rx)
+        received = look and receive_batch(engine, rx)
+        look = True
         both = not load_u64(&engine.apart)
         sent = both and transmit_batch(engine, tx)
         if received or sent:
@@ -81,4 +84,6 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
         if not looks_again(engine, &end):
             end = 0
             sleep_on(engine, &engine.rx, watched, 4 if both else 3, -1)
-            eventfd_read(engine.rx_bell, &ignored)
+            look = watched[0].revents != 0
+            if watched[2].revents:
+                eventfd_read(engine.rx_bell, &ignored)
