@@ -42,6 +42,10 @@ PORTION = 50
 MOST_REST = 0.005
 """Seconds of rest after a full portion: with more, who tells the kernel of each lease falls behind a storm of them."""
 
+PACE = 0.01
+"""Seconds between the beginnings of two portions that are not full. Each costs a way to the kernel or a new table of
+the path, whatever is in it; so a storm of small changes is followed in a hundred steps a second, not in a thousand."""
+
 _RENEWAL_RETRY = 60.0
 _RACE_PAUSE = 0.5
 _AUDIT_AFTER = 60.0
@@ -255,7 +259,7 @@ class LeaseKeeper:
 
     async def _watch(self, own: Ownership, backoff: Backoff) -> None:
         """Follow the changes; where many wait, rest after each portion for about as long as it has taken: packets want
-        the processor too, and everybody else on this loop."""
+        the processor too, and everybody else on this loop. Where few come at a time, let some gather."""
         known = self._table.revision
         async with (
             contextlib.aclosing(self._store.watch(known)) as stream,
@@ -268,8 +272,9 @@ class LeaseKeeper:
                     self._journal.fine()
                     await self._deliver(own, self._table.apply(portion), certain=False)
                 spent = self._clock() - began
-                if len(portion.changes) >= PORTION and spent:
-                    await self._sleep(min(spent, self._rest))
+                rest = min(spent, self._rest) if len(portion.changes) >= PORTION else min(9 * spent, PACE - spent)
+                if rest > 0:
+                    await self._sleep(rest)
         raise StoreUnavailable(f"{self._store.name} ended the watch")
 
     async def _resync(self, own: Ownership) -> None:

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from dataplane.errors import KernelError
-from dataplane.lease.keeper import WIPED_STORE_GRACE
+from dataplane.lease.keeper import PACE, WIPED_STORE_GRACE
 from dataplane.lease.loss import LINGER
 from dataplane.lease.model import LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.store import Entry, Snapshot
@@ -48,6 +48,31 @@ async def test_a_start_takes_one_snapshot_and_the_watch_tells_what_came_since(st
     assert node.keeper.healthy
     assert node.keeper.counters.put_backs == 0, "our own write, which is younger than the snapshot, is not missed"
     await node.stop()
+
+
+class BusyNode(Node):
+    """One that takes two milliseconds for whatever it is told."""
+
+    async def on_events(self, events: Sequence[LeaseEvent]) -> None:
+        await super().on_events(events)
+        self.clock.now += 0.002
+
+
+async def test_a_lone_change_is_followed_at_once_and_what_comes_soon_after_together(store: SimulatedStore) -> None:
+    node = BusyNode(store, 1)
+    async with living(store, node):
+        await store.clock.advance(1, store)
+        node.told.clear()
+        for number in (3, 4, 5):
+            store.put(f"10.5.{number}.0-24", value(f"192.0.2.{number}"))
+            await settle()
+        assert node.told == [1]
+        await store.clock.advance(PACE, store)
+        assert node.told == [1, 2]
+        await store.clock.advance(1, store)
+        store.put("10.5.6.0-24", value("192.0.2.6"))
+        await settle()
+        assert node.told == [1, 2, 1]
 
 
 async def test_peers_are_followed_and_told_in_flannels_words(
