@@ -30,8 +30,10 @@ _UNICAST_MAC = re.compile("(?!0{12})[0-9a-f][02468ace][0-9a-f]{10}")
 
 PEERS_INTERVAL = 5.0
 """Seconds between two writes of the peers, which may be megabytes; a change after a quiet time is written at once."""
-_SLICE = 100
-"""Peers that are encoded before others have a turn: half a millisecond."""
+PEERS_A_SECOND = 1000
+"""Peers that are written at most on the average: ten thousand, of whom some change all the time, every ten seconds."""
+_SLICE, _PAUSE = 50, 0.01
+"""Peers that are encoded at once, in half a millisecond, and the seconds that others then have to themselves."""
 _GATHER = 0.1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -54,8 +56,9 @@ class Memory:
         self._state = subnetfile.read_state(path)
         self._boot_id = _BOOT_ID.read_text().strip()
         self._writing = threading.Lock()
-        self._pending: asyncio.Task[None] | None = None
-        self._written = float("-inf")
+        self._known: Callable[[], tuple[int, Mapping[str, Lease]]] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._next = float("-inf")
 
     @property
     def device(self) -> str:
@@ -111,26 +114,31 @@ class Memory:
     def keep_peers(self, known: Callable[[], tuple[int, Mapping[str, Lease]]]) -> None:
         """The peers have changed. `known` is asked for the store's revision and them when they are written, in a moment
         or some seconds after the last time."""
-        if self._pending is None:
-            self._pending = asyncio.create_task(self._write_peers(known))
+        self._known = known
+        if self._task is None:
+            self._task = asyncio.create_task(self._write_peers())
 
     async def close(self) -> None:
         """Leave a write of the peers that waits; the next start takes the older ones for a beginning."""
-        if self._pending is not None:
-            self._pending.cancel()
-            await asyncio.wait([self._pending])
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
-    async def _write_peers(self, known: Callable[[], tuple[int, Mapping[str, Lease]]]) -> None:
-        await asyncio.sleep(max(_GATHER, self._written + PEERS_INTERVAL - time.monotonic()))
-        self._pending, self._written = None, time.monotonic()
-        revision, leases = known()
-        copied = list(leases.items())
-        peers: list[Entry] = []
-        # Not in the thread: whatever it does in Python keeps the loop from its turn for milliseconds, each time anew.
-        for start in range(0, len(copied), _SLICE):
-            peers += [_entry(text, lease) for text, lease in copied[start : start + _SLICE]]
-            await asyncio.sleep(0)
-        await asyncio.to_thread(self._keep, revision=revision, peers=tuple(peers))
+    async def _write_peers(self) -> None:
+        """Until everything is written that was told meanwhile."""
+        while self._known is not None:
+            await asyncio.sleep(max(_GATHER, self._next - time.monotonic()))
+            (revision, leases), self._known = self._known(), None
+            copied = list(leases.items())
+            self._next = time.monotonic() + max(PEERS_INTERVAL, len(copied) / PEERS_A_SECOND)
+            peers: list[Entry] = []
+            # Not in the thread: whatever it does in Python keeps the loop from its turn for milliseconds, each time.
+            for start in range(0, len(copied), _SLICE):
+                peers += [_entry(text, lease) for text, lease in copied[start : start + _SLICE]]
+                if start + _SLICE < len(copied):
+                    await asyncio.sleep(_PAUSE)
+            await asyncio.to_thread(self._keep, revision=revision, peers=tuple(peers))
+        self._task = None
 
     def _keep(self, **changes: Any) -> None:
         with self._writing:

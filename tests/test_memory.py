@@ -118,6 +118,53 @@ async def test_peers_are_written_at_once_after_a_quiet_time_and_then_gathered(
     assert len(written) == count
 
 
+async def test_what_changes_during_a_write_is_in_the_next_one_and_only_one_waits(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = lived(path)
+    monkeypatch.setattr(memory, "PEERS_INTERVAL", 0.2)
+    monkeypatch.setattr(memory, "_SLICE", 1)
+    peers = {f"10.5.{number}.0-24": peer(number) for number in range(2, 12)}
+    asked: list[int] = []
+
+    def known() -> tuple[int, dict[str, Lease]]:
+        asked.append(len(peers))
+        return len(peers), peers
+
+    keeping.keep_peers(known)
+    async with asyncio.timeout(20):
+        while not asked:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.001)
+        for number in range(12, 15):
+            peers[f"10.5.{number}.0-24"] = peer(number)
+            keeping.keep_peers(known)
+        revisions = set()
+        while 13 not in revisions:
+            revisions.add(subnetfile.read_state(path).revision)
+            await asyncio.sleep(0.01)
+    assert asked == [10, 13]
+    assert revisions <= {0, 10, 13}, "a write holds what was true at one moment"
+    assert len(subnetfile.read_state(path).peers) == 13
+
+
+async def test_many_peers_are_written_less_often(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeping = lived(path)
+    monkeypatch.setattr(memory, "PEERS_INTERVAL", 0.0)
+    monkeypatch.setattr(memory, "PEERS_A_SECOND", 1)
+    peers = {f"10.5.{number}.0-24": peer(number) for number in range(2, 102)}
+    asked: list[int] = []
+
+    def known() -> tuple[int, dict[str, Lease]]:
+        asked.append(len(asked))
+        return len(asked), peers
+
+    for _ in range(50):
+        keeping.keep_peers(known)
+        await asyncio.sleep(0.02)
+    assert asked == [0]
+    await keeping.close()
+
+
 def test_a_disk_that_cannot_be_written_is_one_line_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
