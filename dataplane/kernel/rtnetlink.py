@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -21,6 +21,7 @@ from ipaddress import (
     ip_address,
     ip_network,
 )
+from typing import NamedTuple
 
 from dataplane.kernel.facts import Route
 
@@ -60,8 +61,12 @@ IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 
-class Table(Enum):
-    """A table of the kernel that we write: the message type of an addition; a deletion's is one more, a list's two."""
+class Table(StrEnum):
+    """A table of the kernel that we write: the message type of an addition; a deletion's is one more, a list's two.
+
+    Strings, and entries are tuples: a start with ten thousand peers makes, hashes and compares each some ten thousand
+    times, for which plain enums and dataclasses need the interpreter.
+    """
 
     FDB = "fdb"
     NEIGHBOUR = "neighbour"
@@ -81,8 +86,7 @@ class Scope:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of a table. Of two with one `key` the kernel keeps one: putting the second replaces the first."""
 
     scope: Scope
