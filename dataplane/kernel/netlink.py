@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import os
 import secrets
+import socket
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import (
@@ -33,8 +35,10 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from dataplane.errors import KernelError
+from dataplane.kernel import rtnetlink
 from dataplane.kernel.facts import Address, Link, Route, Vxlan
 from dataplane.kernel.pyroute import IFF_UP, address_of, family_of, link_of, route_of, translated
+from dataplane.kernel.rtnetlink import Table
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +51,11 @@ IFA_F_NODAD = 0x02
 NLM_F_DUMP_INTR = 0x10
 
 DUMP_ATTEMPTS = 10
+
+_SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
+_RTM_LENGTH, _RTM_TYPE = 1, 7
+"""Bytes of a route message that say how long the destination's prefix is, and what kind of route it is."""
+_RECEIVE_BYTES = 1 << 18
 
 
 def _in_worker(
@@ -113,7 +122,7 @@ class Netlink:
     def default_routes(self, version: int = 4) -> tuple[Route, ...]:
         """Default routes of the main table for IP version 4 or 6, the preferred (lowest metric) first."""
         everything: IPv4Network | IPv6Network = ip_network("0.0.0.0/0" if version == 4 else "::/0")
-        return self._routes(everything)
+        return _routes(everything)
 
     @_in_worker
     def route_to(self, address: IPv4Address | IPv6Address) -> Route:
@@ -172,7 +181,7 @@ class Netlink:
         """
         operation = f"add route {destination} dev {name}"
         index = self._index(name, operation)
-        present = self._routes(destination)
+        present = _routes(destination)
         if others := [route for route in present if route.device_index != index]:
             raise KernelError(f"cannot {operation}: {self._holder(others[0])} holds that destination already")
         if present:
@@ -190,9 +199,9 @@ class Netlink:
 
         Raises KernelError where a route to just this destination stands, as that of a bridge with pods.
         """
-        if self._has_blackhole(destination):
+        if _has_blackhole(destination):
             return False
-        for route in self._routes(destination):
+        for route in _routes(destination):
             raise KernelError(
                 f"cannot add route blackhole {destination}: {self._holder(route)} holds that destination already;"
                 " where a bridge has it, -ip-blackhole-route is of no use"
@@ -206,7 +215,7 @@ class Netlink:
     @_in_worker
     def remove_blackhole(self, destination: IPv4Network | IPv6Network) -> bool:
         """Remove that blackhole only; False where there is none."""
-        if not self._has_blackhole(destination):
+        if not _has_blackhole(destination):
             return False
         with translated(f"remove route blackhole {destination}"):
             self._socket.route("del", dst=str(destination), type="blackhole", table=RT_TABLE_MAIN)
@@ -288,14 +297,6 @@ class Netlink:
             self._socket.link("del", index=link.index)
         return True
 
-    def _has_blackhole(self, destination: IPv4Network | IPv6Network) -> bool:
-        family = family_of(destination.version)
-        with translated(f"list routes to {destination}"):
-            messages = self._dump(self._socket.route, family=family, table=RT_TABLE_MAIN, type=RTN_BLACKHOLE)
-        # the kernel ignores the type as a selection where it does not check strictly
-        found = (m for m in messages if m["type"] == RTN_BLACKHOLE and m["dst_len"] == destination.prefixlen)
-        return any(route_of(message).destination == destination for message in found)
-
     def _find(self, name: str) -> Link | None:
         try:
             with translated(f"look up device {name}"):
@@ -322,12 +323,6 @@ class Netlink:
                 raise
         return True
 
-    def _routes(self, destination: IPv4Network | IPv6Network) -> tuple[Route, ...]:
-        with translated(f"list routes to {destination}"):
-            messages = self._dump(self._socket.route, family=family_of(destination.version), table=RT_TABLE_MAIN)
-        routes = (route_of(m) for m in messages if m["dst_len"] == destination.prefixlen)
-        return tuple(sorted((r for r in routes if r.destination == destination), key=lambda r: r.metric))
-
     def _holder(self, route: Route) -> str:
         if route.device_index == 0:
             return "a route without a device (such as a blackhole)"
@@ -341,6 +336,37 @@ class Netlink:
             if not any(m["header"]["flags"] & NLM_F_DUMP_INTR for m in messages):
                 return messages
         raise KernelError(f"the kernel's tables changed during each of {DUMP_ATTEMPTS} attempts to list them")
+
+
+def _routes(destination: IPv4Network | IPv6Network) -> tuple[Route, ...]:
+    return tuple(sorted(map(rtnetlink.route_of, _listed(destination)), key=lambda route: route.metric))
+
+
+def _has_blackhole(destination: IPv4Network | IPv6Network) -> bool:
+    return any(body[_RTM_TYPE] == RTN_BLACKHOLE for body in _listed(destination))
+
+
+def _listed(destination: IPv4Network | IPv6Network) -> list[bytes]:
+    """The main table's routes to it, of every kind, as the kernel shows them. It can only show all there are: to read
+    those of ten thousand peers takes pyroute2 a second, in which the event loop stands, and 35 MiB."""
+    scope, length = rtnetlink.routes_of(destination.version, 0), destination.prefixlen
+    with (
+        translated(f"list routes to {destination}"),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking,
+    ):
+        with contextlib.suppress(OSError):  # before Linux 4.20 the kernel shows every table
+            asking.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+        for attempt in range(1, DUMP_ATTEMPTS + 1):
+            scan = rtnetlink.Scan(Table.ROUTE, {}, 0, attempt)
+            asking.sendto(rtnetlink.dump_message(scope, attempt), (0, 0))
+            while scan.end is None:
+                scan.take(asking.recv(_RECEIVE_BYTES))
+            if scan.end not in (0, errno.ENOENT):  # which says that a namespace has had no route yet
+                raise OSError(scan.end, os.strerror(scan.end))
+            if not scan.flags & NLM_F_DUMP_INTR:
+                found = ((body, rtnetlink.route_of(body)) for body in scan.others if body[_RTM_LENGTH] == length)
+                return [body for body, it in found if (it.destination, it.table) == (destination, RT_TABLE_MAIN)]
+    raise KernelError(f"the kernel's routes changed during each of {DUMP_ATTEMPTS} attempts to list them")
 
 
 def _alike(present: Vxlan | None, wanted: Vxlan) -> bool:

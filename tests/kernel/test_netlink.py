@@ -201,6 +201,30 @@ def test_a_blackhole_in_the_way_is_named(ns: Namespace) -> None:
         ask(ns, lambda n: n.ensure_route(NETWORK, "flannel0"))
 
 
+def test_a_route_is_found_among_those_of_thousands_of_peers(ns: Namespace) -> None:
+    ns.command("ip", "addr", "add", "198.18.0.2/15", "dev", "v0")
+    ns.command("ip", "link", "set", "v0", "up")
+    ns.command("ip", "link", "set", "flannel0", "up")
+    peers = [f"route add 10.5.{n >> 2}.{(n & 3) << 6}/26 via 198.18.0.{3 + n % 4} dev v0" for n in range(1000)]
+    others = [
+        "route add 10.5.0.0/16 dev flannel0 metric 7",
+        "route add 10.5.0.0/16 dev v0 table 9",
+        "route add default via 198.18.0.9",
+        "route add blackhole 10.6.0.0/16",
+    ]
+    ns.command("ip", "-batch", "-", stdin="\n".join(peers + others))
+
+    async def work(n: Netlink) -> None:
+        assert not await n.ensure_route(NETWORK, "flannel0")
+        assert not await n.ensure_blackhole(IPv4Network("10.6.0.0/16"))
+        assert await n.ensure_blackhole(IPv4Network("10.7.0.0/16"))
+        assert [str(route.gateway) for route in await n.default_routes()] == ["198.18.0.9"]
+        assert await n.default_routes(6) == ()
+
+    ask(ns, work)
+    assert [route["metric"] for route in shown(ns, "route", "show", "10.5.0.0/16")] == [7]
+
+
 def test_a_device_that_is_down_takes_no_route(ns: Namespace) -> None:
     with pytest.raises(KernelError, match=r"cannot add route 10\.5\.0\.0/16 dev flannel0: .*nexthop is not up"):
         ask(ns, lambda n: n.ensure_route(NETWORK, "flannel0"))
