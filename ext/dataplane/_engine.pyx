@@ -161,7 +161,7 @@ cdef class Engine:
 
     def set_segment_mtu(self, uint32_t mtu):
         """Into packets of how many bytes a TCP superframe from a kernel VTEP is cut; until then the MTU of the TUN."""
-        self.state.segment_mtu = mtu
+        store_relaxed_u32(&self.state.segment_mtu, mtu)
 
     def publish(self, Fib fib not None):
         """Let both pumps use `fib` from their next batch on; never waits. Returns the new generation: once
@@ -227,7 +227,10 @@ cdef class Engine:
             raise IndexError(slot)
         cdef peer_counters* sent = &self.state.sent[slot]
         cdef peer_counters* received = &self.state.received[slot]
-        return sent.packets, sent.bytes, sent.last_ms, received.packets, received.bytes, received.last_ms
+        return (
+            load_relaxed(&sent.packets), load_relaxed(&sent.bytes), load_relaxed(&sent.last_ms),
+            load_relaxed(&received.packets), load_relaxed(&received.bytes), load_relaxed(&received.last_ms),
+        )
 
     def clear_slot(self, uint32_t slot):
         """Zero a slot that no table uses any more."""
@@ -239,17 +242,17 @@ cdef class Engine:
 
 cdef dict pump_counters(pump_state* pump):
     return {
-        "packets": pump.packets,
-        "bytes": pump.bytes,
-        "superframes": pump.superframes,
-        "messages": pump.messages,
-        "calls": pump.calls,
-        "wakeups": pump.wakeups,
-        "partings": pump.partings,
-        "icmp_errors": pump.icmp_errors,
-        "wrong_checksums": pump.wrong_checksums,
-        "events_lost": pump.events_lost,
-        "drops": tuple([pump.drops[i] for i in range(DROP_REASONS)]),
+        "packets": load_relaxed(&pump.packets),
+        "bytes": load_relaxed(&pump.bytes),
+        "superframes": load_relaxed(&pump.superframes),
+        "messages": load_relaxed(&pump.messages),
+        "calls": load_relaxed(&pump.calls),
+        "wakeups": load_relaxed(&pump.wakeups),
+        "partings": load_relaxed(&pump.partings),
+        "icmp_errors": load_relaxed(&pump.icmp_errors),
+        "wrong_checksums": load_relaxed(&pump.wrong_checksums),
+        "events_lost": load_relaxed(&pump.events_lost),
+        "drops": tuple([load_relaxed(&pump.drops[i]) for i in range(DROP_REASONS)]),
     }
 
 

@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from dataplane.abi cimport DROP_REASONS, NO_PEER, virtio_net_hdr
+from dataplane.abi cimport DROP_REASONS, NO_PEER, tally, virtio_net_hdr
 from dataplane.headers cimport (
     ICMPV6_PROTOCOL, TCP, UDP, checksum_add, checksum_finish, checksum_fold, find_l4, ip_view, load_be16, load_be32,
     parse_ip, pseudo_sum, store_be16, store_be32, unfinished_checksum,
@@ -156,13 +156,13 @@ cdef inline bint checksums_right(const packet_ref* packet, uint64_t* wrong) noex
     cdef uint32_t l4_length = packet.length - packet.l4
     cdef uint64_t sum
     if packet.data[0] >> 4 == 4 and checksum_fold(checksum_add(packet.data, packet.l4, 0)) != 0xFFFF:
-        wrong[0] += 1
+        tally(wrong, 1)
         return False
     if packet.check_start:
         return True
     sum = pseudo_sum(packet.data, packet.protocol, l4_length)
     if checksum_fold(checksum_add(packet.data + packet.l4, l4_length, sum)) != 0xFFFF:
-        wrong[0] += 1
+        tally(wrong, 1)
         return False
     return True
 

@@ -2,7 +2,8 @@
 #
 # Invariant (a pump, a table, a set of taps): a pump writes the generation that it works under into a word of its own before it loads
 # the table, and 0 before it waits. A table that was replaced in generation g is unused once every word is 0 or at
-# least g; so publishing never waits and the pumps never lock.
+# least g; so publishing never waits and the pumps never lock. A counter has one writer at a time, which adds by `tally`;
+# any other thread reads it by `load_relaxed`.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -90,7 +91,7 @@ cdef inline void post_event(engine_state* engine, pump_state* pump, event_kind k
     cdef uint64_t at = pump.events_written
     cdef path_event* event = &pump.events[at % EVENTS]
     if at - load_u64(&pump.events_read) >= EVENTS:
-        pump.events_lost += 1
+        tally(&pump.events_lost, 1)
         return
     event.kind = kind
     event.address = address
@@ -143,7 +144,7 @@ cdef inline int sleep_on(engine_state* engine, pump_state* pump, pollfd* watched
     """Sleep until a descriptor is ready; 0 where none was for `most_ms` (-1: ever). One that reports only an error would
     wake us for ever: rest instead, the next read or write says what is wrong."""
     cdef int ready, i
-    pump.wakeups += 1
+    tally(&pump.wakeups, 1)
     ready = poll(watched, count, most_ms)
     for i in range(count if ready > 0 else 0):
         if watched[i].revents & (POLLERR | POLLHUP | POLLNVAL) and not watched[i].revents & watched[i].events:
@@ -154,7 +155,7 @@ cdef inline int sleep_on(engine_state* engine, pump_state* pump, pollfd* watched
 cdef inline void part(engine_state* engine) noexcept nogil:
     """Leave TX to the TX thread; only by the RX thread, between two batches of TX."""
     if not load_u64(&engine.apart):
-        engine.tx.partings += 1
+        tally(&engine.tx.partings, 1)
         store_u64(&engine.apart, 1)
         eventfd_write(engine.tx_bell, 1)
 

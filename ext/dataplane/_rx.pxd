@@ -161,11 +161,11 @@ cdef inline int write_single(engine_state* engine, rx_state* rx, virtio_net_hdr*
 
 cdef inline void count_written(engine_state* engine, rx_state* rx, uint32_t packets, uint64_t bytes, int error) noexcept nogil:
     if error:
-        engine.rx.drops[DROP_TUN_WRITE] += packets
+        tally(&engine.rx.drops[DROP_TUN_WRITE], packets)
         rx.device_error = error
     else:
-        engine.rx.packets += packets
-        engine.rx.bytes += bytes
+        tally(&engine.rx.packets, packets)
+        tally(&engine.rx.bytes, bytes)
 
 
 cdef inline void cut_and_write(engine_state* engine, rx_state* rx, const virtio_net_hdr* how,
@@ -176,7 +176,7 @@ cdef inline void cut_and_write(engine_state* engine, rx_state* rx, const virtio_
     cdef uint32_t index, payload
     memset(&header, 0, sizeof(header))
     if not plan_split(how, packet.data, packet.length, &plan):
-        engine.rx.drops[DROP_SUPERFRAME] += 1
+        tally(&engine.rx.drops[DROP_SUPERFRAME], 1)
         return
     for index in range(plan.segments):
         payload = stamp_segment(&plan, index, rx.header)
@@ -204,7 +204,7 @@ cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_r
         cut_and_write(engine, rx, &header, packet)
         return
     packets = (packet.length - header.hdr_len + packet.segment - 1) // packet.segment
-    engine.rx.superframes += error == 0
+    tally(&engine.rx.superframes, error == 0)
     count_written(engine, rx, packets, packet.length + (packets - 1) * header.hdr_len, error)
 
 
@@ -225,9 +225,9 @@ cdef inline int write_superframe(engine_state* engine, rx_state* rx, const packe
         packet = &rx.packets[packet.next]
     error = write_patiently(engine, &header, rx.parts, count)
     if error == 0:
-        engine.rx.superframes += 1
-        engine.rx.packets += chain.count
-        engine.rx.bytes += chain.payload + <uint64_t>chain.count * rx.packets[chain.first].header
+        tally(&engine.rx.superframes, 1)
+        tally(&engine.rx.packets, chain.count)
+        tally(&engine.rx.bytes, chain.payload + <uint64_t>chain.count * rx.packets[chain.first].header)
     return error
 
 
@@ -298,8 +298,8 @@ cdef inline void count_received(engine_state* engine, const fib_table* table, ui
             break
         at = route.next_same
     counters = &engine.received[table.routes[peer].slot]
-    counters.packets += (packet.length + packet.segment - 1) // packet.segment if packet.segment else 1
-    counters.bytes += packet.length
+    tally(&counters.packets, (packet.length + packet.segment - 1) // packet.segment if packet.segment else 1)
+    tally(&counters.bytes, packet.length)
 
 
 cdef inline int check_packet(const engine_state* engine, const fib_table* table, uint32_t peer, const uint8_t* packet,
@@ -332,7 +332,7 @@ cdef inline bint accept_packet(engine_state* engine, rx_state* rx, const fib_tab
     if engine.rx.taps != NULL:
         tap_datagram(engine, rx, peer, data, length, <uint8_t>verdict)
     if verdict != DROP_REASONS:
-        engine.rx.drops[verdict] += 1
+        tally(&engine.rx.drops[verdict], 1)
         return False
     count_received(engine, table, peer, view.source, put_up(engine, rx, data, &view))
     return True
@@ -365,18 +365,20 @@ cdef inline bint accept_frame(engine_state* engine, rx_state* rx, const fib_tabl
     those of TCP are known by their length only, those of UDP by `segment`, the payload of each of their packets."""
     cdef ip_view view
     cdef packet_ref* packet
+    cdef uint32_t mtu
     cdef int verdict = check_frame(engine, table, peer, frame, length, &view)
     if verdict == DROP_REASONS:
         verdict = decap_ecn(frame + FRAME_HEAD, ecn)
     if engine.rx.taps != NULL:
         tap_datagram(engine, rx, peer, frame, length, <uint8_t>verdict)
     if verdict != DROP_REASONS:
-        engine.rx.drops[verdict] += 1
+        tally(&engine.rx.drops[verdict], 1)
         return False
     packet = put_up(engine, rx, frame + FRAME_HEAD, &view)
     mark_unfinished(packet, &view)
-    if peer != NO_PEER and (segment or view.length > engine.segment_mtu):
-        if mark_superframe(packet, &view, segment, engine.segment_mtu) and segment == 0:
+    mtu = load_relaxed_u32(&engine.segment_mtu)
+    if peer != NO_PEER and (segment or view.length > mtu):
+        if mark_superframe(packet, &view, segment, mtu) and segment == 0:
             tell_superframe(engine, rx, table.routes[peer].address, view.length)
     count_received(engine, table, peer, view.source, packet)
     return True
@@ -399,7 +401,7 @@ cdef inline int drop_message(engine_state* engine, const uint8_t* frame, uint32_
     cdef int verdict = parse_frame_head(frame, length, &engine.link)
     if verdict == DROP_REASONS:
         verdict = DROP_LENGTH
-    engine.rx.drops[verdict] += datagrams
+    tally(&engine.rx.drops[verdict], datagrams)
     return verdict
 
 
@@ -415,11 +417,11 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
     cdef uint32_t datagrams = (left + size - 1) // size if size else 1
     cdef bint any = False
     cdef int verdict
-    engine.rx.messages += 1
+    tally(&engine.rx.messages, 1)
     if engine.rx.taps != NULL:
         begin_tap(engine, rx, i, size)
     if peer == NO_PEER and engine.check != CHECK_OFF:
-        engine.rx.drops[DROP_UNKNOWN_PEER] += datagrams
+        tally(&engine.rx.drops[DROP_UNKNOWN_PEER], datagrams)
         if engine.rx.taps != NULL:
             tap_message(engine, rx, NO_PEER, at, left, size, DROP_UNKNOWN_PEER)
         note_unknown(engine, rx, source, datagrams)
@@ -446,7 +448,7 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
         if left == 0:
             break
     if any and peer != NO_PEER:
-        engine.received[table.routes[peer].slot].last_ms = now
+        store_relaxed(&engine.received[table.routes[peer].slot].last_ms, now)
 
 
 cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogil:
@@ -454,7 +456,7 @@ cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogi
     cdef const fib_table* table
     cdef int got = receive(engine.udp, &rx.inbox, rx.most), i
     cdef uint64_t now, bytes = 0
-    engine.rx.calls += 1
+    tally(&engine.rx.calls, 1)
     if got < 0:
         if errno == EAGAIN:
             return False

@@ -221,9 +221,9 @@ cdef inline tap_record* reserve(tap_ring* ring, uint32_t size) noexcept nogil:
     """Room for a record of `size` bytes in one piece; NULL where there is none, which is counted."""
     cdef uint64_t at = ring.written & (ring.size - 1)
     cdef uint64_t skipped = ring.size - at if at + size > ring.size else 0
-    ring.matched += 1
+    tally(&ring.matched, 1)
     if ring.written + skipped + size - load_u64(&ring.read) > ring.size:
-        ring.lost += 1
+        tally(&ring.lost, 1)
         ring.lost_before += 1
         return NULL
     if skipped:

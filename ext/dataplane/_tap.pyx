@@ -142,8 +142,8 @@ cdef class Tap:
         cdef uint64_t matched = 0, lost = 0
         cdef int i
         for i in range(2 * PATHS):
-            matched += load_u64(&self.state.rings[i].matched)
-            lost += load_u64(&self.state.rings[i].lost)
+            matched += load_relaxed(&self.state.rings[i].matched)
+            lost += load_relaxed(&self.state.rings[i].lost)
         return matched, lost, self.delivered
 
     def offer(self, int direction, int drop, bytes remote not None, uint32_t vni, bytes packet not None):

@@ -90,7 +90,7 @@ cdef inline void tap_parts(engine_state* engine, tx_state* tx, const udp_run* ru
 cdef inline void drop_packet(engine_state* engine, const uint8_t* packet, size_t length, uint8_t drop) noexcept nogil:
     """Count a packet that never got an outer header, and show it."""
     cdef tap_record about
-    engine.tx.drops[drop] += 1
+    tally(&engine.tx.drops[drop], 1)
     if engine.tx.taps == NULL:
         return
     about = engine.tx.taps.about
@@ -121,7 +121,7 @@ cdef inline void answer(engine_state* engine, tx_state* tx, const uint8_t* packe
     length = build_icmp_error(tx.icmp_packet, source, <uint16_t>mtu, packet, view)
     write_address(&to, &to_length, view.source, 0)
     if sendto(fd, tx.icmp_packet, length, MSG_DONTWAIT, <sockaddr*>&to, to_length) >= 0:
-        engine.tx.icmp_errors += 1
+        tally(&engine.tx.icmp_errors, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ sending
@@ -131,16 +131,16 @@ cdef inline void count_sent(engine_state* engine, const udp_run* run, uint32_t d
     cdef peer_counters* peer = &engine.sent[run.slot]
     if engine.vxlan:
         bytes -= FRAME_HEAD * datagrams
-    peer.packets += datagrams
-    peer.bytes += bytes
-    peer.last_ms = now_ms()
-    engine.tx.packets += datagrams
-    engine.tx.bytes += bytes
+    tally(&peer.packets, datagrams)
+    tally(&peer.bytes, bytes)
+    store_relaxed(&peer.last_ms, now_ms())
+    tally(&engine.tx.packets, datagrams)
+    tally(&engine.tx.bytes, bytes)
 
 
 cdef inline void drop_unsent(engine_state* engine, tx_state* tx, const udp_run* run, uint32_t first, uint32_t used,
                              uint32_t datagrams, int error) noexcept nogil:
-    engine.tx.drops[DROP_SEND_FAILED] += datagrams
+    tally(&engine.tx.drops[DROP_SEND_FAILED], datagrams)
     if engine.tx.taps != NULL:
         tap_parts(engine, tx, run, first, used, DROP_SEND_FAILED)
     post_event(engine, &engine.tx, EVENT_SEND_FAILED, run.address, error)
@@ -152,7 +152,7 @@ cdef inline int send_patiently(engine_state* engine, int fd, mmsghdr* messages, 
     cdef int sent, shortages = 0
     while True:
         sent = sendmmsg(fd, messages, count, MSG_DONTWAIT)
-        engine.tx.calls += 1
+        tally(&engine.tx.calls, 1)
         if sent > 0:
             return sent
         if errno == EAGAIN and not stopping(engine):
@@ -229,7 +229,7 @@ cdef inline void send_outbox(engine_state* engine, tx_state* tx) noexcept nogil:
         else:
             send_refused(engine, tx, run, -sent)
             done += 1
-    engine.tx.messages += done
+    tally(&engine.tx.messages, done)
     outbox.count = 0
     tx.stamped = 0
 
@@ -295,7 +295,7 @@ cdef inline void take_superframe(engine_state* engine, tx_state* tx, const tx_wa
     if not plan_split(&tx.header, packet, length, &plan):
         drop_packet(engine, packet, length, DROP_SUPERFRAME)
         return
-    engine.tx.superframes += 1
+    tally(&engine.tx.superframes, 1)
     head = plan.header + way.overhead
     for index in range(plan.segments):
         if tx.stamped + head > STAMP_BYTES:

@@ -148,6 +148,19 @@ cdef extern from * nogil:
     void* load_pointer "loden_load" (void** pointer)
     void store_pointer "loden_store" (void** pointer, void* value)
 
+cdef extern from * nogil:
+    """
+    #define loden_load_relaxed(pointer) __atomic_load_n((pointer), __ATOMIC_RELAXED)
+    #define loden_store_relaxed(pointer, value) __atomic_store_n((pointer), (value), __ATOMIC_RELAXED)
+    #define loden_tally(counter, n) loden_store_relaxed(counter, loden_load_relaxed(counter) + (n))
+    """
+    # for a word that one thread writes, others read, and nothing else depends on: never torn, and as quick as any other
+    uint64_t load_relaxed "loden_load_relaxed" (const uint64_t* pointer)
+    void store_relaxed "loden_store_relaxed" (uint64_t* pointer, uint64_t value)
+    void tally "loden_tally" (uint64_t* counter, uint64_t n)
+    uint32_t load_relaxed_u32 "loden_load_relaxed" (const uint32_t* pointer)
+    void store_relaxed_u32 "loden_store_relaxed" (uint32_t* pointer, uint32_t value)
+
 cdef enum:
     NO_PEER = 0xFFFFFFFF     # "none" for an index of a route in a table
     BUFFER_BYTES = 65536     # more than any UDP payload and than any packet a TUN hands over

@@ -131,6 +131,7 @@ cdef inline int parse_ipv6(const uint8_t* packet, size_t length, ip_view* view) 
 
 cdef inline int parse_ip(const uint8_t* packet, size_t length, ip_view* view) noexcept nogil:
     """Read the header of a packet of `length` bytes; DROP_REASONS where it can be carried, else why not."""
+    view.source = 0          # gcc does not see everywhere that of a packet which cannot be carried it is never read
     if length and packet[0] >> 4 == 4:
         return parse_ipv4(packet, length, view)
     if length and packet[0] >> 4 == 6:
