@@ -24,7 +24,7 @@ trap 'code=$$?; finally; [ $$code = 0 ] || echo "== FAILED: $$step. $$remedy" >&
 echo "== $$step"
 endef
 
-.PHONY: help setup packages demo test bench bench-selftest fuzz sanitize soak races lint wheel clean
+.PHONY: help setup packages demo test bench bench-selftest fuzz sanitize checked soak races lint wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -33,7 +33,8 @@ help:
 	echo "make soak    100 GB of hashed TCP over a bad underlay, 5 GB with each capability off"
 	echo "make races   200 rounds (RACE_ROUNDS=...) of 2 and of 20 daemons that start together; of 64 nodes for 64 subnets"
 	echo "make fuzz    500,000,000 fuzz executions (FUZZ_COUNT=...) over the packet path"
-	echo "make sanitize  the packet tests and 20,000,000 executions with sanitizers and with Cython's checks"
+	echo "make sanitize  the packet tests and 20,000,000 executions with sanitizers of addresses, of data races"
+	echo "make checked  the whole suite with checks of each index and each length"
 	echo "make lint    ruff and mypy"
 	echo "make wheel   a wheel in dist/"
 	echo "make clean   remove what was built; $(VENV) stays"
@@ -62,7 +63,11 @@ fuzz: setup
 
 sanitize: setup
 	$(call step,sanitizers,Read the report above; LODEN_FUZZ_FIRST repeats a fuzz)
-	LODEN_SANITIZE_ALL=1 LODEN_SANITIZED_COUNT=20000000 $(BIN)/pytest -v --timeout 3600 tests/fuzz/test_sanitized.py
+	LODEN_SANITIZE_ALL=1 LODEN_SANITIZED_COUNT=20000000 $(BIN)/pytest -v --timeout 3600 --durations=0 tests/fuzz/test_sanitized.py tests/fuzz/test_threads.py
+
+checked: setup
+	$(call step,the suite with checks of bounds,Read its summary above)
+	LODEN_CHECK_ALL=1 $(BIN)/pytest -v --timeout 7200 tests/fuzz/test_checked.py
 
 bench: setup
 	$(call step,bench,Read the error above; '$(BIN)/loden lab down --name=bench' removes what a killed run left)

@@ -35,6 +35,7 @@ class Rig:
         check: SourceCheck = SourceCheck.NODE,
         icmp: socket.socket | None = None,
         capabilities: Collection[Capability] = (),
+        spin: float = 0.0,
     ) -> None:
         """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
         self.pods, self.tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -60,6 +61,7 @@ class Rig:
             source_check=check,
             capabilities=capabilities,
             run_datagrams=128,
+            spin=spin,
             on_event=self.events.append,
         )
 
@@ -96,9 +98,11 @@ class Rig:
             end.close()
 
 
-async def running(check: SourceCheck, icmp: socket.socket | None = None) -> AsyncIterator[Rig]:
+async def running(
+    check: SourceCheck, icmp: socket.socket | None = None, spin: float = 0.0
+) -> AsyncIterator[Rig]:
     """A rig that carries, with one route."""
-    made = Rig(check, icmp)
+    made = Rig(check, icmp, spin=spin)
     made.path.set_route(THEIRS, PEER)
     made.path.start()
     try:

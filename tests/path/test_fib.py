@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane._fib import CHANGE_BYTES, Fib
+from tests.generated import cases
 
 RECORD = struct.Struct("=16s16sIHBB6s2x")
 
@@ -93,7 +94,7 @@ def test_what_is_no_record_and_no_address_is_refused() -> None:
         Fib().sources(bytes(4))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=cases(500), deadline=None)
 @given(
     steps=st.lists(st.lists(st.tuples(prefixes, st.integers(0, 5), st.booleans()), max_size=16), max_size=5),
     probes=st.lists(
@@ -146,7 +147,7 @@ def test_ten_thousand_leases_each_find_their_own(version: int) -> None:
     assert fib.lookup((subnet(0).network_address - 1).packed) is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=cases(50), deadline=None)
 @given(st.lists(st.tuples(v6_prefixes, st.integers(0, 5)), min_size=100, max_size=300))
 def test_many_scattered_prefixes_are_all_found(entries: list[tuple[IPv6Network, int]]) -> None:
     """Whatever their stretch looks like: the buckets of a table divide it evenly."""

@@ -14,6 +14,7 @@ from scapy.layers.inet6 import IPv6
 from dataplane import _offload
 from dataplane.path import superframe
 from dataplane.path.superframe import ACK, CWR, ECE, FIN, PSH, VnetHeader
+from tests.generated import cases
 
 
 def ip_header(version: int, payload: int, protocol: int, draw: st.DrawFn) -> bytes:
@@ -101,7 +102,7 @@ def flow_packets(draw: st.DrawFn) -> list[bytes]:
     return found
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=cases(1500), deadline=None)
 @given(flow_packets(), st.booleans(), st.booleans())
 def test_coalescing_equals_the_oracle(packets: list[bytes], tcp: bool, udp: bool) -> None:
     found = _offload.superframes(packets, tcp=tcp, udp=udp)
@@ -116,7 +117,7 @@ def without_id_where_df(packet: bytes) -> bytes:
     return packet
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=cases(500), deadline=None)
 @given(flow_packets())
 def test_cutting_gives_back_what_was_merged_in_order(packets: list[bytes]) -> None:
     """Nothing is lost, made twice, altered or overtaken within its flow, and a wrong checksum stays wrong."""
@@ -167,14 +168,14 @@ def tcp_superframes(draw: st.DrawFn) -> tuple[VnetHeader, bytes]:
     return VnetHeader(1, kind | ecn, draw(st.integers(0, 200)), size, start, offset), packet
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(1000), deadline=None)
 @given(tcp_superframes())
 def test_segmentation_equals_the_oracle(frame: tuple[VnetHeader, bytes]) -> None:
     header, packet = frame
     assert _offload.segments(header.encode(), packet) == superframe.segments(header, packet)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(1000), deadline=None)
 @given(
     tcp_superframes(),
     st.sampled_from(["flags", "gso_type", "gso_size", "csum_start", "csum_offset", "none"]),

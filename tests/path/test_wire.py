@@ -25,6 +25,7 @@ from scapy.packet import Packet
 from dataplane import _engine
 from dataplane.errors import DropReason
 from dataplane.path import wire
+from tests.generated import cases
 
 OURS: dict[int, IPv4Address | IPv6Address] = {4: IPv4Address("10.5.52.0"), 6: IPv6Address("fd00:5:52::")}
 MAC, PEER_MAC = bytes.fromhex("0a0000000001"), bytes.fromhex("0a0000000002")
@@ -90,7 +91,7 @@ def wide(address: IPv4Address | IPv6Address) -> bytes:
     return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
 
 
-@settings(max_examples=1500)
+@settings(max_examples=cases(1500))
 @given(packets)
 def test_parse_equals_the_oracle(packet: bytes) -> None:
     verdict, source, destination, length = _engine.inspect_ip(packet)
@@ -102,7 +103,7 @@ def test_parse_equals_the_oracle(packet: bytes) -> None:
         assert found == (None, wide(expected.source), wide(expected.destination), expected.length)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=cases(1500))
 @given(packets, st.sampled_from([0, 1280, 1400, 65535]))
 def test_icmp_errors_equal_the_oracle(packet: bytes, mtu: int) -> None:
     source = OURS.get(packet[0] >> 4 if packet else 4, OURS[4])
@@ -198,7 +199,7 @@ def summed(draw: st.DrawFn) -> bytes:
     return bytes(packet) + draw(st.sampled_from([b"", b"", b"pad"]))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=cases(1000))
 @given(st.one_of(summed(), summed(), packets))
 def test_unfinished_checksums_are_told_as_by_the_oracle(packet: bytes) -> None:
     if not isinstance(wire.parse_ip(packet), DropReason):
@@ -232,7 +233,7 @@ def test_the_head_of_a_frame_is_what_scapy_builds(version: int, packet: IP) -> N
     assert wire.inspect_frame(wire.frame_head(VNI, PEER_MAC, MAC, version) + bytes(packet), VNI, MAC, version) is None
 
 
-@settings(max_examples=2000)
+@settings(max_examples=cases(2000))
 @given(
     st.sampled_from([4, 6]),
     st.lists(st.tuples(st.integers(0, 21), st.integers(0, 255)), max_size=2),
@@ -282,7 +283,7 @@ def test_ecn_enters_the_tunnel_as_with_the_kernel(inner: int) -> None:
         assert _engine.outer_ecn(bytes(build)) == wire.outer_ecn(bytes(build)) == (0, 1, 2, 2)[inner]
 
 
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 @given(packets, st.integers(0, 3))
 def test_ecn_of_every_packet_equals_the_oracle(packet: bytes, outer: int) -> None:
     if not isinstance(wire.parse_ip(packet), DropReason):
