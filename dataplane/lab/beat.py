@@ -2,9 +2,9 @@
 
 Free of: namespaces and daemons; it is a plain program for two pods, `python -m dataplane.lab.beat VERB ...`.
 Where `dataplane.lab.traffic` waits for its acknowledgements, this goes on: so it shows how long a network was away.
-The sink prints `ready` once it listens. The source sends until its standard input closes, then asks the sink by TCP
-what has come, and prints one line of JSON: `sent`, `lost`, `duplicated`, and `gap`, the longest time in seconds in
-which nothing arrived.
+The sink prints `ready` once it listens, the source once it has begun. It sends until its standard input closes, then
+asks the sink by TCP what has come, and prints one line of JSON: `sent`, `lost`, `duplicated`, and `gap`, the longest
+time in seconds in which nothing arrived.
 
 Invariant: a time in which the source itself could not send counts as a gap as well; nothing shows better than it was.
 """
@@ -66,6 +66,8 @@ def beat_source(arguments: argparse.Namespace) -> int:
             with contextlib.suppress(OSError):  # no route or a full queue: lost like any other on the way
                 outgoing.sendto(_NUMBER.pack(sent), (arguments.host, PORT))
             sent += 1
+            if sent == 1:
+                print("ready", flush=True)
             next_at = max(next_at + pause, time.monotonic())  # what was missed is not made up for in a burst
     time.sleep(_LATE)
     with socket.create_connection((arguments.host, PORT), timeout=30) as connection:

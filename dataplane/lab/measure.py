@@ -86,10 +86,12 @@ def traffic(
     flags: Sequence[str],
 ) -> Iterator[subprocess.Popen[str]]:
     """Checked traffic (`tcp`, `udp`, `beat`) from pod to pod; what is yielded is the source, whose result is its
-    `verdict`."""
+    `verdict`. A `beat` has begun then. Raises LodenError where it does not."""
     program = _BEAT if kind == "beat" else _TRAFFIC
     sink = target, [*program, f"{kind}-sink", address]
     with exchange(start, sink, (source, [*program, f"{kind}-source", address, *flags])) as (_, run):
+        if kind == "beat" and (run.stdout is None or run.stdout.readline() != "ready\n"):
+            raise LodenError(f"`{_words(run)}` does not start")
         yield run
 
 

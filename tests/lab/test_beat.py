@@ -31,7 +31,10 @@ def start(pair: list[Namespace], host: str) -> subprocess.Popen[str]:
     sink = pair[1].spawn(*BEAT, "beat-sink", host)
     assert sink.stdout is not None
     assert sink.stdout.readline() == "ready\n"
-    return pair[0].spawn(*BEAT, "beat-source", host, "--rate=200", stdin=subprocess.PIPE)
+    source = pair[0].spawn(*BEAT, "beat-source", host, "--rate=200", stdin=subprocess.PIPE)
+    assert source.stdout is not None
+    assert source.stdout.readline() == "ready\n"
+    return source
 
 
 @pytest.mark.parametrize("host", ["198.18.0.2", "fd00:198:18::2"])

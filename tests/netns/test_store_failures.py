@@ -374,6 +374,11 @@ def test_a_daemon_that_began_without_the_store_takes_the_network_that_it_finds(m
     with server.paused(2.0):  # a store that hangs is waited for no longer than a moment
         node.start_daemon()
         until("packets are carried by the old config", lambda: (node.status() or {}).get("peers") == [])
-    until("the new network is taken", lambda: (node.status() or {}).get("ready"), 30)
-    assert status_of(node)["lease"]["subnet"].startswith("10.99.")
+
+    def taken() -> bool:
+        """Not only ready: that it is with the old network, too, between finding the store and reading its config."""
+        status = node.status() or {}
+        return bool(status.get("ready")) and status["lease"]["subnet"].startswith("10.99.")
+
+    until("the new network is taken", taken, 30)
     assert "FLANNEL_NETWORK=10.99.0.0/16" in node.subnet_file.read_text()
