@@ -117,8 +117,8 @@ def udp_drain(int socket, uint32_t tag, double patience, double warmup, double s
     cdef int result
     cdef window opening = window(warmup, seconds)
     cdef size_t count = <size_t>(seconds / width) + 1 if width > 0 else 0
-    cdef c_array.array received = c_array.clone(array("I"), count, zero=True)
-    cdef c_array.array gaps = c_array.clone(array("I"), count, zero=True)
+    cdef c_array.array received = array("I", bytes(count * sizeof(uint32_t)))
+    cdef c_array.array gaps = array("I", bytes(count * sizeof(uint32_t)))
     cdef timeline line = timeline(received.data.as_uints, gaps.data.as_uints, count, width)
     with nogil:
         result = c_udp_drain(socket, tag, patience, opening, line, &seen)
