@@ -65,7 +65,7 @@ def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workl
     elif "prototype" in names:
         raise ConfigError("candidate prototype: say which C file it is with --prototype=FILE.c")
     if unknown := [name for name in names if name not in makers]:
-        raise ConfigError(f"{unknown[0]!r} is no candidate: take of {', '.join(NAMES)}")
+        raise ConfigError(f"{unknown[0]!r} is no candidate: take one of {', '.join(NAMES)}")
     found = [makers[name]() for name in dict.fromkeys(names)]
     found += [daemon(*_ours(word)) for word in brought.ours]
     for word in brought.flannelds:

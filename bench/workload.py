@@ -118,7 +118,7 @@ class Workload:
                 run = make(*match.groups())
                 if run is not None:
                     return cls(name, kind, name.removeprefix(kind).removeprefix("-"), run)
-        raise ConfigError(f"{name!r} is no workload: take of {SYNTAX}")
+        raise ConfigError(f"{name!r} is no workload: take one of {SYNTAX}")
 
     @property
     def figures(self) -> Mapping[str, Figure]:
