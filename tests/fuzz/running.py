@@ -17,6 +17,12 @@ def extensions(pid: int | str) -> list[Path]:
     return [Path(name) for name in sorted(mapped) if "/dataplane/" in name and name.endswith(".so")]
 
 
+def symbols(tree: Path, module: str) -> str:
+    """What a tree's compiled module takes from other libraries and gives to them, as nm prints it."""
+    (file,) = tree.glob(f"dataplane/{module}*.so")
+    return subprocess.run(["nm", "-D", str(file)], capture_output=True, text=True, check=True).stdout
+
+
 def run_tests(
     tree: Path, environment: Mapping[str, str], *arguments: str, prefix: Sequence[str] = (), processes: int = 2
 ) -> str:

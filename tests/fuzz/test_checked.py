@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from dataplane.lab import Lab, Settings, members, node
 from tests.fuzz.building import Flavour, build_tree, environment
-from tests.fuzz.running import extensions, run_tests
+from tests.fuzz.running import extensions, run_tests, symbols
 
 SHORT = ("tests/path", "tests/backend")
 LONG = ("tests", "--ignore=tests/fuzz", "--ignore=tests/netns/test_wheel.py")
@@ -45,10 +44,9 @@ def name() -> Iterator[str]:
 
 
 def test_the_checks_are_at_work(checked: Path) -> None:
-    (engine,) = checked.glob("dataplane/_engine*.so")
-    symbols = subprocess.run(["nm", "-D", str(engine)], capture_output=True, text=True, check=True).stdout
-    assert "__ubsan_handle_out_of_bounds_abort" in symbols
-    assert "__memcpy_chk" in symbols
+    taken = symbols(checked, "_engine")
+    assert "__ubsan_handle_out_of_bounds_abort" in taken
+    assert "__memcpy_chk" in taken
 
 
 @pytest.mark.netns
