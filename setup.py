@@ -9,7 +9,7 @@ from __future__ import annotations
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ("_fib", "_offload", "_tap", "_engine", "_rehearsal")
+MODULES = ("_fib", "_segment", "_coalesce", "_tap", "_engine", "_rehearsal")
 
 COMPILE_ARGS = [
     "-O3",

@@ -9,12 +9,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from dataplane._coalesce cimport chain_packets, describe_single, packet_chain, packet_ref, stamp_superframe
+from dataplane._deliver cimport PACKETS, tun_outbox
 from dataplane._fib cimport Fib
-from dataplane._offload cimport (
-    chain_packets, describe_single, packet_chain, packet_ref, plan_split, split_plan, stamp_segment, stamp_superframe,
-)
 from dataplane._pump cimport engine_state, now_ms
-from dataplane._rx cimport PACKETS, rx_state, take_message
+from dataplane._rx cimport rx_state, take_message
+from dataplane._segment cimport plan_split, split_plan, stamp_segment
 from dataplane._tx cimport (
     HEADROOM, READS, STAMP_BYTES, count_sent, find_route, push_packet, take_packet, tx_state, tx_way, way_of,
 )
@@ -212,13 +212,14 @@ cdef class PathBench:
         """Verify and merge the packets, and stamp the superframes' headers. `superframes` shows them."""
         cdef uint64_t n
         cdef uint32_t i
+        cdef tun_outbox* outbox = &self.rx.outbox
         with nogil:
             for n in range(rounds):
                 for i in range(self.packets):
-                    self.rx.packets[i].data = self.packet(i)
-                    self.rx.packets[i].length = self.lengths[i]
-                    self.rx.packets[i].check_start = self.rx.packets[i].segment = 0
-                self.rx.count = self.packets
+                    outbox.packets[i].data = self.packet(i)
+                    outbox.packets[i].length = self.lengths[i]
+                    outbox.packets[i].check_start = outbox.packets[i].segment = 0
+                outbox.count = self.packets
                 self.merge()
 
     def transmit(self, uint64_t rounds):
@@ -245,7 +246,7 @@ cdef class PathBench:
         cdef uint32_t i
         with nogil:
             for n in range(rounds):
-                self.rx.count = 0
+                self.rx.outbox.count = 0
                 for i in range(self.messages):
                     take_message(self.engine, self.rx, self.fib.table, i, now_ms())
                 self.merge()
@@ -256,16 +257,18 @@ cdef class PathBench:
 
     cdef inline void merge(self) noexcept nogil:
         cdef uint32_t i
-        self.chains = chain_packets(self.rx.packets, self.rx.count, self.rx.chains, self.engine.merge_tcp,
+        cdef tun_outbox* outbox = &self.rx.outbox
+        self.chains = chain_packets(outbox.packets, outbox.count, outbox.chains, self.engine.merge_tcp,
                                     self.engine.merge_udp, &self.engine.rx.wrong_checksums)
         for i in range(self.chains):
-            self.describe(&self.rx.chains[i], &self.tx.header)
+            self.describe(&outbox.chains[i], &self.tx.header)
 
     cdef inline void describe(self, const packet_chain* chain, virtio_net_hdr* header) noexcept nogil:
+        cdef tun_outbox* outbox = &self.rx.outbox
         if chain.count > 1:
-            stamp_superframe(self.rx.packets, chain, header, self.rx.header)
+            stamp_superframe(outbox.packets, chain, header, outbox.header)
         else:
-            describe_single(&self.rx.packets[chain.first], header)
+            describe_single(&outbox.packets[chain.first], header)
 
     # --------------------------------------------------------------------------------------------------- results
 
@@ -295,16 +298,17 @@ cdef class PathBench:
         cdef packet_chain* chain
         cdef packet_ref* packet
         cdef uint32_t i, at
+        cdef tun_outbox* outbox = &self.rx.outbox
         found = []
         for i in range(self.chains):
             memset(&header, 0, sizeof(header))
-            chain = &self.rx.chains[i]
-            packet = &self.rx.packets[chain.first]
+            chain = &outbox.chains[i]
+            packet = &outbox.packets[chain.first]
             self.describe(chain, &header)
-            whole = self.rx.header[:packet.header] if chain.count > 1 else packet.data[:packet.length]
+            whole = outbox.header[:packet.header] if chain.count > 1 else packet.data[:packet.length]
             at = chain.first if chain.count > 1 else NO_PEER
             while at != NO_PEER:
-                packet = &self.rx.packets[at]
+                packet = &outbox.packets[at]
                 whole += packet.data[packet.header:packet.header + packet.payload]
                 at = packet.next
             found.append(((<uint8_t*>&header)[:sizeof(header)], whole))

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from dataplane._engine import MOST_SENDERS, Engine
 from dataplane._fib import Fib
-from dataplane._offload import finished, segments
+from dataplane._segment import finished, segments
 from dataplane._tap import Tap, TapSet
 from dataplane.errors import DropReason, KernelError
 from dataplane.path.capability import Capability

@@ -1,4 +1,5 @@
-"""Owns the plain-Python form of segmentation and coalescing: the oracle that ext/dataplane/_offload.pyx must equal.
+"""Owns the plain-Python form of segmentation and coalescing: the oracle that _segment.pyx and _coalesce.pyx in ext/
+must equal.
 
 Free of IO and of speed. A superframe is one large TCP or UDP packet with a virtio_net_hdr that says how to cut it
 (include/uapi/linux/virtio_net.h; Documentation/networking/segmentation-offloads.rst in the kernel's sources).

@@ -154,7 +154,7 @@ cdef class Engine:
             state.senders_count += 1
         state.segment_mtu = mtu
         self.tx.outbox.port_be = htons(<uint16_t>port)
-        self.tx.outbox.count = self.tx.stamped = self.rx.count = 0
+        self.tx.outbox.count = self.tx.stamped = self.rx.outbox.count = 0
         eventfd_read(state.stop_fd, &ignored)
         state.apart = 0
         store_u64(&state.stopping, 0)

@@ -8,7 +8,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
-from dataplane._fib cimport fib_route, fib_table
+from dataplane._fib_table cimport fib_route, fib_table
 from dataplane._tap cimport tap_record, tap_set
 from dataplane.headers cimport is_mapped, store_be32, store_u128, vxlan_link
 

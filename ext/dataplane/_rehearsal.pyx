@@ -9,10 +9,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from dataplane.abi cimport *
+from dataplane._deliver cimport deliver
 from dataplane._engine cimport Engine
-from dataplane._fib cimport fib_table
+from dataplane._fib_table cimport fib_table
 from dataplane._pump cimport engine_state, enter, leave, now_ms
-from dataplane._rx cimport deliver, rx_state, take_message
+from dataplane._rx cimport rx_state, take_message
 from dataplane._tap cimport wall_ns
 from dataplane._tx cimport HEADROOM, take_packet, tap_parts, tx_state
 from dataplane._udpio cimport MESSAGES, add_control, write_address
@@ -56,7 +57,7 @@ def receive(Engine engine not None, list messages not None):
     table = enter(state, &state.rx)
     for i in range(<unsigned int>len(messages)):
         take_message(state, engine.rx, table, i, now_ms())
-    deliver(state, engine.rx)
+    deliver(state, &engine.rx.outbox)
     leave(&state.rx)
 
 

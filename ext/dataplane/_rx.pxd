@@ -1,20 +1,19 @@
-# Owns the RX pump: from datagrams into the TUN. Read it from the bottom up: receive_batch is the way of a batch.
+# Owns the RX pump: from datagrams to packets that may be delivered (_deliver.pxd). Read it from the bottom up:
+# receive_batch is the way of a batch.
+#
+# Free of what the TUN takes and how. Invariant: each datagram is put up for delivery or counted under one reason, and what
+# is put up lies in the inbox until the batch is delivered.
 
-from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, errno
+from libc.errno cimport EAGAIN, EBADFD, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp
 
 from dataplane.abi cimport *
-from dataplane._fib cimport fib_route, fib_source, fib_table
-from dataplane._offload cimport (
-    CHAIN_PACKETS, chain_packets, describe_single, mark_superframe, mark_unfinished, packet_chain,
-    packet_ref, plan_split, split_plan, stamp_segment, stamp_superframe,
-)
-from dataplane._pump cimport (
-    engine_state, enter, leave, name_lease, now_ms, park, part, post_event, rest, stopping, wait_for_room,
-)
+from dataplane._coalesce cimport mark_superframe, mark_unfinished, packet_ref
+from dataplane._deliver cimport deliver, put_up, tun_outbox
+from dataplane._fib_table cimport fib_route, fib_source, fib_table
+from dataplane._pump cimport engine_state, enter, leave, name_lease, now_ms, park, post_event, rest
 from dataplane._tap cimport TAP_RX, name_remote, tap_bytes, tap_record, wall_ns
-from dataplane._tunio cimport tun_write_parts
 from dataplane._udpio cimport MESSAGES, facts_of, message_facts, receive, source_of, udp_inbox
 from dataplane.headers cimport (
     ETHERTYPE_IPV4, FRAME_HEAD, IPV6_HEADER, decap_ecn, ip_view, load_be16, load_be32,
@@ -22,11 +21,9 @@ from dataplane.headers cimport (
 )
 
 cdef enum:
-    PACKETS = 1024           # looked at together; more than that are delivered in several goes
     LARGE_MESSAGES = 8       # received at once while the kernel merges them: they fill the cache
     SOURCES = 64
     SUPERFRAME_MS = 5000     # between two reports of such from VTEPs
-    UDP_PROTOCOL = 17
     ETHERNET_SOURCE = 14     # bytes of VXLAN and destination before it
 
 cdef struct unknown_source:
@@ -38,12 +35,7 @@ cdef struct rx_state:
     udp_inbox inbox
     uint8_t* buffers         # MESSAGES of them, BUFFER_STRIDE apart
     unsigned int most        # messages received at once
-    packet_ref packets[PACKETS]
-    packet_chain chains[PACKETS]
-    uint32_t count
-    iovec parts[CHAIN_PACKETS + 2]
-    uint8_t header[BUFFER_BYTES]     # of what is written now
-    int device_error
+    tun_outbox outbox
     uint64_t superframe_told_ms
     unknown_source unknown[SOURCES]
     tap_record about         # what those who look are told of the message in hand
@@ -110,16 +102,6 @@ cdef inline void tap_message(engine_state* engine, rx_state* rx, uint32_t peer, 
         left -= size
 
 
-cdef inline void tap_unwritten(engine_state* engine, const packet_ref* packet) noexcept nogil:
-    """Show a packet that was accepted, and shown as such, but that the device refused."""
-    cdef tap_record about = engine.rx.taps.about
-    about.direction = TAP_RX
-    about.ns = wall_ns()
-    about.drop = DROP_TUN_WRITE
-    about.outer = about.skip = 0
-    tap_bytes(engine.rx.taps, &about, packet.data, packet.length)
-
-
 cdef inline void note_unknown(engine_state* engine, rx_state* rx, u128 address, uint32_t datagrams) noexcept nogil:
     """Remember who sends without a lease; tell the control plane at most once a second for each."""
     cdef unknown_source* source = &rx.unknown[<uint32_t>((address ^ address >> 64) * <uint32_t>2654435769) >> 26]
@@ -134,132 +116,6 @@ cdef inline void note_unknown(engine_state* engine, rx_state* rx, u128 address, 
     if source.reported_ms == 0 or now - source.reported_ms >= 1000:
         source.reported_ms = now
         post_event(engine, &engine.rx, EVENT_UNKNOWN_SOURCE, address, source.datagrams)
-
-
-# ----------------------------------------------------------------------------------------------------- delivery
-
-cdef inline int write_patiently(engine_state* engine, virtio_net_hdr* header, iovec* parts, int count) noexcept nogil:
-    """0 or -errno; a TUN that would block is waited for."""
-    cdef int error = tun_write_parts(engine.tun, header, parts, count)
-    cdef uint64_t ignored
-    while (error == -EAGAIN or error == -EINTR) and not stopping(engine):
-        if error == -EAGAIN:
-            # whoever is to take these packets may wait until theirs are taken: TX goes, and again when it comes back
-            eventfd_read(engine.rx_bell, &ignored)
-            part(engine)
-            wait_for_room(engine, &engine.rx, engine.tun, engine.rx_bell)
-        error = tun_write_parts(engine.tun, header, parts, count)
-    return error
-
-
-cdef inline int write_single(engine_state* engine, rx_state* rx, virtio_net_hdr* header, void* data,
-                             size_t length) noexcept nogil:
-    rx.parts[1].iov_base = data
-    rx.parts[1].iov_len = length
-    return write_patiently(engine, header, rx.parts, 2)
-
-
-cdef inline void count_written(engine_state* engine, rx_state* rx, uint32_t packets, uint64_t bytes, int error) noexcept nogil:
-    if error:
-        tally(&engine.rx.drops[DROP_TUN_WRITE], packets)
-        rx.device_error = error
-    else:
-        tally(&engine.rx.packets, packets)
-        tally(&engine.rx.bytes, bytes)
-
-
-cdef inline void cut_and_write(engine_state* engine, rx_state* rx, const virtio_net_hdr* how,
-                               const packet_ref* packet) noexcept nogil:
-    """A superframe for a TUN that takes none."""
-    cdef virtio_net_hdr header
-    cdef split_plan plan
-    cdef uint32_t index, payload
-    memset(&header, 0, sizeof(header))
-    if not plan_split(how, packet.data, packet.length, &plan):
-        tally(&engine.rx.drops[DROP_SUPERFRAME], 1)
-        return
-    for index in range(plan.segments):
-        payload = stamp_segment(&plan, index, rx.header)
-        rx.parts[1].iov_base = rx.header
-        rx.parts[1].iov_len = plan.header
-        rx.parts[2].iov_base = packet.data + plan.header + index * plan.size
-        rx.parts[2].iov_len = payload
-        count_written(engine, rx, 1, plan.header + payload, write_patiently(engine, &header, rx.parts, 3))
-
-
-cdef inline void write_packet(engine_state* engine, rx_state* rx, const packet_ref* packet) noexcept nogil:
-    cdef virtio_net_hdr header
-    cdef uint32_t packets
-    cdef int error = -EINVAL
-    describe_single(packet, &header)
-    if packet.segment == 0:
-        error = write_single(engine, rx, &header, packet.data, packet.length)
-        count_written(engine, rx, 1, packet.length, error)
-        if error and engine.rx.taps != NULL:
-            tap_unwritten(engine, packet)
-        return
-    if engine.merge_udp if packet.check_offset == 6 else engine.merge_tcp:
-        error = write_single(engine, rx, &header, packet.data, packet.length)
-    if error == -EINVAL:     # or of more segments than the kernel takes
-        cut_and_write(engine, rx, &header, packet)
-        return
-    packets = (packet.length - header.hdr_len + packet.segment - 1) // packet.segment
-    tally(&engine.rx.superframes, error == 0)
-    count_written(engine, rx, packets, packet.length + (packets - 1) * header.hdr_len, error)
-
-
-cdef inline int write_superframe(engine_state* engine, rx_state* rx, const packet_chain* chain) noexcept nogil:
-    """0 or -errno. The payloads are gathered from where the datagrams lie."""
-    cdef virtio_net_hdr header
-    cdef const packet_ref* packet = &rx.packets[chain.first]
-    cdef int count = 2, error
-    stamp_superframe(rx.packets, chain, &header, rx.header)
-    rx.parts[1].iov_base = rx.header
-    rx.parts[1].iov_len = packet.header
-    while True:
-        rx.parts[count].iov_base = packet.data + packet.header
-        rx.parts[count].iov_len = packet.payload
-        count += 1
-        if packet.next == NO_PEER:
-            break
-        packet = &rx.packets[packet.next]
-    error = write_patiently(engine, &header, rx.parts, count)
-    if error == 0:
-        tally(&engine.rx.superframes, 1)
-        tally(&engine.rx.packets, chain.count)
-        tally(&engine.rx.bytes, chain.payload + <uint64_t>chain.count * rx.packets[chain.first].header)
-    return error
-
-
-cdef inline void write_chain(engine_state* engine, rx_state* rx, const packet_chain* chain) noexcept nogil:
-    cdef uint32_t at = chain.first
-    cdef int error = -EINVAL
-    if chain.count > 1:
-        error = write_superframe(engine, rx, chain)
-        if error == 0:
-            return
-        if error == -EINVAL:
-            # a kernel that does not take what it granted: go on without, from this chain on
-            if rx.packets[chain.first].protocol == UDP_PROTOCOL:
-                engine.merge_udp = False
-                post_event(engine, &engine.rx, EVENT_CAPABILITY_LOST, 0, CAPABILITY_TUN_USO)
-            else:
-                engine.merge_tcp = False
-                post_event(engine, &engine.rx, EVENT_CAPABILITY_LOST, 0, CAPABILITY_TUN_TSO)
-    while at != NO_PEER:
-        write_packet(engine, rx, &rx.packets[at])
-        at = rx.packets[at].next
-
-
-cdef inline void deliver(engine_state* engine, rx_state* rx) noexcept nogil:
-    """Write everything that was accepted, merged where that can be."""
-    cdef uint32_t i, made
-    if rx.count == 0:
-        return
-    made = chain_packets(rx.packets, rx.count, rx.chains, engine.merge_tcp, engine.merge_udp, &engine.rx.wrong_checksums)
-    for i in range(made):
-        write_chain(engine, rx, &rx.chains[i])
-    rx.count = 0
 
 
 # --------------------------------------------------------------------------------------------------- acceptance
@@ -311,19 +167,6 @@ cdef inline int check_packet(const engine_state* engine, const fib_table* table,
     return verdict
 
 
-cdef inline packet_ref* put_up(engine_state* engine, rx_state* rx, uint8_t* data, const ip_view* view) noexcept nogil:
-    """Put a packet up for delivery."""
-    cdef packet_ref* packet
-    if rx.count == PACKETS:
-        deliver(engine, rx)
-    packet = &rx.packets[rx.count]
-    packet.data = data
-    packet.length = <uint32_t>view.length
-    packet.check_start = packet.segment = 0
-    rx.count += 1
-    return packet
-
-
 cdef inline bint accept_packet(engine_state* engine, rx_state* rx, const fib_table* table, uint32_t peer, uint8_t* data,
                                size_t length) noexcept nogil:
     """Take a datagram that is a packet, or drop it."""
@@ -334,7 +177,7 @@ cdef inline bint accept_packet(engine_state* engine, rx_state* rx, const fib_tab
     if verdict != DROP_REASONS:
         tally(&engine.rx.drops[verdict], 1)
         return False
-    count_received(engine, table, peer, view.source, put_up(engine, rx, data, &view))
+    count_received(engine, table, peer, view.source, put_up(engine, &rx.outbox, data, &view))
     return True
 
 
@@ -374,7 +217,7 @@ cdef inline bint accept_frame(engine_state* engine, rx_state* rx, const fib_tabl
     if verdict != DROP_REASONS:
         tally(&engine.rx.drops[verdict], 1)
         return False
-    packet = put_up(engine, rx, frame + FRAME_HEAD, &view)
+    packet = put_up(engine, &rx.outbox, frame + FRAME_HEAD, &view)
     mark_unfinished(packet, &view)
     mtu = load_relaxed_u32(&engine.segment_mtu)
     if peer != NO_PEER and (segment or view.length > mtu):
@@ -468,10 +311,10 @@ cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogi
     for i in range(got):
         bytes += rx.inbox.messages[i].msg_len
         take_message(engine, rx, table, i, now)
-    deliver(engine, rx)
+    deliver(engine, &rx.outbox)
     leave(&engine.rx)
     rx.most = LARGE_MESSAGES if bytes > <uint64_t>got * 8192 else MESSAGES
-    if rx.device_error == -EBADFD:
+    if rx.outbox.device_error == -EBADFD:
         park(engine, &engine.rx, EBADFD)
-    rx.device_error = 0
+    rx.outbox.device_error = 0
     return True

@@ -4,8 +4,8 @@ from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, e
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
-from dataplane._fib cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
-from dataplane._offload cimport finish_checksum, plan_split, split_plan, stamp_segment
+from dataplane._fib_table cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
+from dataplane._segment cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._pump cimport (
     engine_state, enter, leave, name_lease, now_ms, park, post_event, rest, stopping, wait_for_room,
 )
@@ -366,7 +366,7 @@ cdef inline void take_packet(engine_state* engine, tx_state* tx, const fib_table
         answer(engine, tx, packet, &view, way.mtu)
     elif tx.header.gso_type:
         take_superframe(engine, tx, &way, packet, view.length)
-    elif tx.header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM and not finish_checksum(&tx.header, packet, view.length):
+    elif tx.header.flags & NEEDS_CSUM and not finish_checksum(&tx.header, packet, view.length):
         drop_packet(engine, packet, view.length, DROP_SUPERFRAME)
     else:
         push_packet(engine, tx, &way, packet, <uint32_t>view.length)

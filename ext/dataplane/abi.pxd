@@ -121,7 +121,6 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     # include/uapi/linux/virtio_net.h; a TUN with IFF_VNET_HDR puts it before every packet
-    int VIRTIO_NET_HDR_F_NEEDS_CSUM
     struct virtio_net_hdr:
         uint8_t flags
         uint8_t gso_type
@@ -129,6 +128,14 @@ cdef extern from "<linux/virtio_net.h>" nogil:
         uint16_t gso_size
         uint16_t csum_start
         uint16_t csum_offset
+
+cdef enum:                   # of its flags and its gso_type; a header file of an older kernel lacks some
+    NEEDS_CSUM = 1
+    RSC_INFO = 4             # then csum_start and csum_offset would count what a device has merged
+    GSO_TCPV4 = 1
+    GSO_TCPV6 = 4
+    GSO_UDP_L4 = 5
+    GSO_ECN = 0x80
 
 cdef extern from * nogil:
     """

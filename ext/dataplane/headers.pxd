@@ -21,6 +21,7 @@ cdef enum:
     IPV6_HEADER = 40
     TCP = 6
     UDP = 17
+    MOST_PACKET = 65535      # bytes, by an IP length field
     ICMP_HEADER = 8
     ICMP_PROTOCOL = 1
     ICMP_UNREACHABLE = 3
@@ -41,6 +42,13 @@ cdef enum:
     ECN_ECT_1 = 1
     ECN_ECT_0 = 2
     ECN_CE = 3
+
+cdef enum:                   # TCP's flags
+    FIN = 0x01
+    PSH = 0x08
+    ACK = 0x10
+    ECE = 0x40
+    CWR = 0x80
 
 cdef struct ip_view:
     u128 source              # host order, IPv4 as ::ffff:a.b.c.d

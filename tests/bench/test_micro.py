@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from dataplane import _engine, _offload
+from dataplane import _coalesce, _engine, _segment
 from dataplane.bench import micro
 from dataplane.bench._micro import MOST_MESSAGES, MOST_PACKETS
 from dataplane.bench.micro import PLAIN, Wire
@@ -50,7 +50,7 @@ def test_coalescing_whatever_comes(packets: list[bytes]) -> None:
     path.load([(PLAIN, packet) for packet in packets])
     for rounds in (1, 3):
         path.coalesce(rounds)
-        assert path.superframes() == _offload.superframes(packets)
+        assert path.superframes() == _coalesce.superframes(packets)
 
 
 @versions
@@ -62,7 +62,7 @@ def test_coalescing_merges_what_is_measured(protocol: int, version: int, rounds:
     path.load([(PLAIN, packet) for packet in packets])
     path.coalesce(rounds)
     assert len(path.superframes()) == 1
-    assert path.superframes() == _offload.superframes(packets)
+    assert path.superframes() == _coalesce.superframes(packets)
 
 
 @versions
@@ -84,7 +84,7 @@ def test_segmentation(protocol: int, version: int, rounds: int) -> None:
     superframes = micro.superframes(version, protocol)
     path.load(superframes)
     heads = b"".join(
-        packet[: -micro.SIZE] for header, whole in superframes for packet in _offload.segments(header, whole) or ()
+        packet[: -micro.SIZE] for header, whole in superframes for packet in _segment.segments(header, whole) or ()
     )
     assert path.segment(rounds) == heads
     head = (20 if version == 4 else 40) + (20 if protocol == TCP else 8)
@@ -102,7 +102,7 @@ def test_whole_transmission(wire: Wire, version: int, rounds: int) -> None:
     head, to = head_of(wire, version), micro.outer_of(micro.PEER)
     path.load(superframes)
     path.transmit(rounds)
-    cut = [packet for header, whole in superframes for packet in _offload.segments(header, whole) or ()]
+    cut = [packet for header, whole in superframes for packet in _segment.segments(header, whole) or ()]
     assert path.datagrams() == [(to, head + packet) for packet in cut]
     path.load([(PLAIN, packet) for packet in small])
     path.transmit(rounds)
@@ -132,7 +132,7 @@ def test_whole_reception(what: str, wire: Wire, version: int, rounds: int) -> No
     path.load_messages(micro.messages(wire, version, groups))
     path.receive(rounds)
     packets = [packet for group in groups for packet in group]
-    assert path.superframes() == _offload.superframes(packets)
+    assert path.superframes() == _coalesce.superframes(packets)
     assert len(path.superframes()) < len(packets) / 20
     assert path.drops == 0
 

@@ -10,13 +10,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memcmp, memcpy, memset
 
-from dataplane._fib cimport Fib, fib_table
-from dataplane._offload cimport (
-    chain_packets, finish_checksum, mark_unfinished, packet_chain, packet_ref, plan_split, split_plan,
-    stamp_segment, stamp_superframe,
-)
+from dataplane._coalesce cimport chain_packets, mark_unfinished, packet_chain, packet_ref, stamp_superframe
+from dataplane._deliver cimport PACKETS
+from dataplane._fib cimport Fib
+from dataplane._fib_table cimport fib_table
 from dataplane._pump cimport engine_state
-from dataplane._rx cimport PACKETS, rx_state, take_message
+from dataplane._rx cimport rx_state, take_message
+from dataplane._segment cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._tap cimport TapSet, tap_set
 from dataplane._tx cimport HEADROOM, ICMP_BURST, take_packet, tap_parts, tx_state
 from dataplane._udpio cimport RUN_DATAGRAMS, add_control, facts_of, prepare_inbox, udp_run
@@ -350,8 +350,8 @@ cdef void put_source(rx_state* rx, uint32_t peer, bint v6) noexcept nogil:
 cdef void check_accepted(bench* b, const uint8_t* first, bint v6, uint32_t peer) noexcept nogil:
     cdef uint32_t i, source
     cdef const packet_ref* packet
-    for i in range(b.rx.count):
-        packet = &b.rx.packets[i]
+    for i in range(b.rx.outbox.count):
+        packet = &b.rx.outbox.packets[i]
         must(b, packet.data >= first and packet.length >= 20 and packet.data + packet.length <= b.large,
              b"a packet lies within its message")
         if b.engine.check == CHECK_STRICT:
@@ -430,13 +430,13 @@ cdef void fuzz_receive(bench* b, uint64_t* state) noexcept nogil:
     size = facts_of(&rx.inbox, 0).size
     count = (rx.inbox.messages[0].msg_len + size - 1) // size if size else 1
     take_message(engine, rx, <const fib_table*>engine.table, 0, 1)
-    i = <uint32_t>(all_drops(engine.rx.drops) + engine.rx.packets - before) + rx.count
-    must(b, rx.count <= PACKETS and (i == count or (engine.vxlan and i == 1)),
+    i = <uint32_t>(all_drops(engine.rx.drops) + engine.rx.packets - before) + rx.outbox.count
+    must(b, rx.outbox.count <= PACKETS and (i == count or (engine.vxlan and i == 1)),
          b"every datagram is accepted, delivered or dropped")
     check_accepted(b, b.large - length, v6, peer)
-    b.accepted += rx.count
-    check_chains(b, rx.packets, rx.count, True, True)
-    rx.count = 0
+    b.accepted += rx.outbox.count
+    check_chains(b, rx.outbox.packets, rx.outbox.count, True, True)
+    rx.outbox.count = 0
 
 
 cdef void check_run(bench* b, const udp_run* run) noexcept nogil:

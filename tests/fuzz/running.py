@@ -29,7 +29,7 @@ def run_tests(
     """Run pytest in a copy of the checkout and return what it printed. Raises AssertionError with that if a test fails.
     """
     loaded = (
-        "import dataplane._engine, dataplane._offload; from tests.fuzz.running import extensions;"
+        "import dataplane._engine, dataplane._coalesce; from tests.fuzz.running import extensions;"
         "print(*extensions('self'), sep='\\n')"
     )
     command = [*prefix, sys.executable, "-c", loaded]

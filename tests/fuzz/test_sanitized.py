@@ -30,7 +30,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_sanitizers_are_at_work(sanitized: Path) -> None:
     """A test that could not fail would say nothing: the runtime must be there, and the extensions must use it."""
-    taken = symbols(sanitized, "_offload")
+    taken = symbols(sanitized, "_coalesce")
     assert "__asan_report_load" in taken
     assert "__ubsan_handle" in taken
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dataplane import _offload
+from dataplane import _coalesce, _segment
 from dataplane.path.superframe import TCP, UDP, VnetHeader
 from tests.netns.gso_cases import Superframe, forwarded, label_of, make_stream, make_superframe
 from tests.netns.kernel_cutter import KernelCutter, open_cutter
@@ -79,7 +79,7 @@ def test_we_cut_superframes_as_the_kernel_does(cutter: KernelCutter) -> None:
         cases = [make_superframe(rng, label) for label in range(start, min(start + BATCH, CASES))]
         expected: dict[int, list[bytes]] = {}
         for case in cases:
-            cut = _offload.segments(case.header.encode(), case.packet)
+            cut = _segment.segments(case.header.encode(), case.packet)
             assert cut is not None, show(case)
             expected[case.label] = as_the_kernel_sends(case, cut)
             count(reached, case, cut)
@@ -133,7 +133,7 @@ def test_the_kernel_cuts_what_we_merge_into_the_packets_that_came(cutter: Kernel
                 queue = rng.choice(queues)
                 came.append(queue.pop(0))
                 queues = [q for q in queues if q]
-            for header, packet in _offload.superframes(came):
+            for header, packet in _coalesce.superframes(came):
                 merged += header != bytes(10)
                 cutter.write(header, packet)
         found = by_label(cutter.collect(sum(map(len, streams.values()))))
@@ -203,4 +203,4 @@ def test_what_the_kernel_refuses(
         answer = error.errno or -1
     cutter.collect(0)
     assert answer == code
-    assert (_offload.segments(header.encode(), packet) is not None) == cut
+    assert (_segment.segments(header.encode(), packet) is not None) == cut

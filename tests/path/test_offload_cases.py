@@ -14,7 +14,7 @@ import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 
-from dataplane import _offload
+from dataplane import _coalesce, _segment
 from dataplane.path.superframe import VnetHeader
 
 Make = Callable[[int], bytes]
@@ -243,7 +243,7 @@ def leaving(packets: list[bytes], **switches: bool) -> list[list[int]]:
     """Which packets leave together: read off the payloads, and off the position of a packet that stays itself."""
     found: list[list[int]] = []
     singles = [i for i, _ in enumerate(packets)]
-    for header, packet in _offload.superframes(packets, **switches):
+    for header, packet in _coalesce.superframes(packets, **switches):
         how = VnetHeader.decode(header)
         if how == VnetHeader():
             at = next(i for i in singles if packets[i] == packet)
@@ -307,7 +307,7 @@ def test_fifty_flows_side_by_side() -> None:
 def test_more_flows_than_are_looked_at_lose_nothing() -> None:
     packets = [udp(20, sport=1000 + flow)(turn) for turn in range(3) for flow in range(200)]
     came: dict[int, list[int]] = {}
-    for header, packet in _offload.superframes(packets):
+    for header, packet in _coalesce.superframes(packets):
         how = VnetHeader.decode(header)
         payload = packet[28:]
         assert how == VnetHeader() or how.gso_size == 20
@@ -321,7 +321,7 @@ def test_more_flows_than_are_looked_at_lose_nothing() -> None:
 def test_a_tcp_superframe_byte_for_byte() -> None:
     one = bytes(IP(src=A, dst=B, flags="DF", id=7) / TCP(sport=5, dport=7, seq=100, ack=9, flags="A") / b"\1\2\3\4")
     two = bytes(IP(src=A, dst=B, flags="DF", id=8) / TCP(sport=5, dport=7, seq=104, ack=9, flags="PA") / b"\5\6")
-    (header, packet), *rest = _offload.superframes([one, two])
+    (header, packet), *rest = _coalesce.superframes([one, two])
     assert not rest
     assert VnetHeader.decode(header) == VnetHeader(1, 1, 40, 4, 20, 16)
     # total length 46; PSH of the last packet
@@ -333,7 +333,7 @@ def test_a_tcp_superframe_byte_for_byte() -> None:
 
 def test_a_udp6_superframe_byte_for_byte() -> None:
     packets = [bytes(IPv6(src=A6, dst=B6, fl=3) / UDP(sport=5, dport=7) / bytes([i] * 3)) for i in (1, 2, 3)]
-    ((header, packet),) = _offload.superframes(packets)
+    ((header, packet),) = _coalesce.superframes(packets)
     assert VnetHeader.decode(header) == VnetHeader(1, 5, 48, 3, 40, 6)
     # payload 17; in the checksum's place fd00 + 0001 + fd00 + 0002 + 0011 + 0011 = fa26 with the carry
     addresses = "fd000000000000000000000000000001fd000000000000000000000000000002"
@@ -361,7 +361,7 @@ def superframe(make: Make, size: int, kind: int, **changes: int) -> tuple[bytes,
 
 def cut(make: Make, size: int, kind: int, **changes: int) -> list[Any]:
     """The segments as scapy reads them; their checksums are right."""
-    found = _offload.segments(*superframe(make, size, kind, **changes))
+    found = _segment.segments(*superframe(make, size, kind, **changes))
     assert found is not None
     read = [(IP if packet[0] >> 4 == 4 else IPv6)(packet) for packet in found]
     for packet, layers in zip(found, read, strict=True):
@@ -445,7 +445,7 @@ def test_a_size_below_the_header_harms_nothing() -> None:
 def test_ip_options_and_extension_headers_go_with_every_segment() -> None:
     header, packet = superframe(tcp6(0, 250), 100, TCP6, csum_start=48)
     extended = packet[:4] + b"\x01\x16\x3c" + packet[7:40] + b"\x06\0\x01\x04\0\0\0\0" + packet[40:]
-    found = _offload.segments(header, extended)
+    found = _segment.segments(header, extended)
     assert found is not None
     assert [int.from_bytes(p[4:6]) for p in found] == [128, 128, 78]
     assert {p[40:48] for p in found} == {extended[40:48]}
@@ -492,5 +492,5 @@ def test_a_checksum_of_zero_is_ffff_in_udp_and_zero_in_tcp() -> None:
 )
 def test_what_is_not_cut(make: Make, kind: int, changes: dict[str, int]) -> None:
     header, packet = superframe(make, 50, kind, **changes)
-    assert _offload.segments(header, packet) is None
-    assert _offload.segments(header, b"") is None
+    assert _segment.segments(header, packet) is None
+    assert _segment.segments(header, b"") is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 
-from dataplane import _offload
+from dataplane import _coalesce, _segment
 from dataplane.path import superframe
 from dataplane.path.superframe import ACK, CWR, ECE, FIN, PSH, VnetHeader
 from tests.generated import cases
@@ -105,7 +105,7 @@ def flow_packets(draw: st.DrawFn) -> list[bytes]:
 @settings(max_examples=cases(1500), deadline=None)
 @given(flow_packets(), st.booleans(), st.booleans())
 def test_coalescing_equals_the_oracle(packets: list[bytes], tcp: bool, udp: bool) -> None:
-    found = _offload.superframes(packets, tcp=tcp, udp=udp)
+    found = _coalesce.superframes(packets, tcp=tcp, udp=udp)
     expected = superframe.superframes(packets, tcp=tcp, udp=udp)
     assert [(VnetHeader.decode(h), p) for h, p in found] == expected
 
@@ -122,11 +122,11 @@ def without_id_where_df(packet: bytes) -> bytes:
 def test_cutting_gives_back_what_was_merged_in_order(packets: list[bytes]) -> None:
     """Nothing is lost, made twice, altered or overtaken within its flow, and a wrong checksum stays wrong."""
     out = []
-    for header, packet in _offload.superframes(packets):
+    for header, packet in _coalesce.superframes(packets):
         if header == bytes(10):
             out.append(packet)
         else:
-            cut = _offload.segments(header, packet)
+            cut = _segment.segments(header, packet)
             assert cut is not None
             assert len(cut) > 1
             out += cut
@@ -172,7 +172,7 @@ def tcp_superframes(draw: st.DrawFn) -> tuple[VnetHeader, bytes]:
 @given(tcp_superframes())
 def test_segmentation_equals_the_oracle(frame: tuple[VnetHeader, bytes]) -> None:
     header, packet = frame
-    assert _offload.segments(header.encode(), packet) == superframe.segments(header, packet)
+    assert _segment.segments(header.encode(), packet) == superframe.segments(header, packet)
 
 
 @settings(max_examples=cases(1000), deadline=None)
@@ -194,8 +194,8 @@ def test_a_superframe_that_lies_is_refused_alike(
     if field != "none":
         values[field] = value
     header = VnetHeader(**values)
-    assert _offload.segments(header.encode(), packet) == superframe.segments(header, packet)
-    assert _offload.finished(header.encode(), packet) == superframe.finished(header, packet)
+    assert _segment.segments(header.encode(), packet) == superframe.segments(header, packet)
+    assert _segment.finished(header.encode(), packet) == superframe.finished(header, packet)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_tcp_segments_are_what_scapy_would_send(build: Callable[[], IP], length:
     header = VnetHeader(1, 1 if l4 == 20 else 4, l4 + 20, 100, l4, 16)
     starts = range(0, length, 100)
     expected = [piece(s, payload[s : s + 100], "FPA" if s == starts[-1] else "A", s // 100) for s in starts]
-    assert _offload.segments(header.encode(), whole) == expected
+    assert _segment.segments(header.encode(), whole) == expected
 
 
 def test_a_corrupt_packet_is_never_given_a_good_checksum() -> None:
@@ -231,7 +231,7 @@ def test_a_corrupt_packet_is_never_given_a_good_checksum() -> None:
             damaged = bytearray(packets[broken])
             damaged[bit // 8] ^= 1 << bit % 8
             came = [*packets[:broken], bytes(damaged), *packets[broken + 1 :]]
-            singles = [p for h, p in _offload.superframes(came) if h == bytes(10)]
+            singles = [p for h, p in _coalesce.superframes(came) if h == bytes(10)]
             assert bytes(damaged) in singles
 
 
@@ -240,7 +240,7 @@ def test_vectorised_sums_equal_the_plain_one(length: int) -> None:
     data = bytes((i * 7 + length) % 256 for i in range(length + 8))
     for shift in (0, 1, 3):
         piece = b"\0\0" + data[shift : shift + length]
-        done = _offload.finished(VnetHeader(1, 0, 0, 0, 0, 0).encode(), piece)
+        done = _segment.finished(VnetHeader(1, 0, 0, 0, 0, 0).encode(), piece)
         assert done == superframe.finished(VnetHeader(1, 0, 0, 0, 0, 0), piece)
 
 
@@ -250,4 +250,4 @@ def test_many_flows_at_once_are_all_merged() -> None:
         for _ in range(4)
         for flow in range(60)
     ]
-    assert len(_offload.superframes(packets)) == 60
+    assert len(_coalesce.superframes(packets)) == 60

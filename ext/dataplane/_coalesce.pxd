@@ -1,9 +1,9 @@
-# Owns superframes: one large TCP or UDP packet <-> the packets that it stands for. Bytes only: no descriptor, no
-# table, no memory of its own. dataplane/path/superframe.py is the oracle.
+# Owns what packets for a TUN need before they are written: those of one flow become a superframe, and a virtio_net_hdr says
+# how it, or a packet that came so, is to be finished or cut. Bytes only: no descriptor, no table, no memory of its own.
+# dataplane/path/superframe.py is the oracle.
 #
-# Words. A superframe comes from or goes to a TUN with a virtio_net_hdr that says how it is to be cut. Segments are
-# stamped: their headers are made in scratch memory, their payload stays where it is. A chain is a stretch of packets
-# of one flow that leave as one superframe.
+# Words. A superframe is one large TCP or UDP packet that stands for many. A chain is a stretch of packets of one flow
+# that leave as one superframe; their payloads stay where they are.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -14,20 +14,6 @@ cdef enum:
     MOST_CHAIN_HEADER = 100  # IPv6 without extensions, and TCP with all its options: the most that is merged
     CHAIN_PACKETS = 64       # in one chain: longer ones gain nothing and delay the first packet
     FLOWS = 64               # open chains that are looked at; a power of two
-
-cdef struct split_plan:
-    const uint8_t* packet
-    uint32_t payload         # bytes behind the headers
-    uint32_t segments
-    uint32_t sequence        # TCP
-    uint16_t header          # bytes of all headers
-    uint16_t l4              # where TCP or UDP begins
-    uint16_t size            # payload bytes of every segment but the last
-    uint16_t identification  # IPv4
-    uint16_t partial         # pseudo-header sum as the kernel left it, without the length
-    uint8_t version
-    uint8_t protocol
-    uint8_t flags            # TCP
 
 cdef struct packet_ref:
     uint8_t* data
@@ -51,9 +37,6 @@ cdef struct packet_chain:
     bint open                # may take another packet
     bint verified            # the first packet's checksums were found right
 
-cdef bint finish_checksum(const virtio_net_hdr* header, uint8_t* packet, size_t length) noexcept nogil
-cdef bint plan_split(const virtio_net_hdr* header, const uint8_t* packet, size_t length, split_plan* plan) noexcept nogil
-cdef uint32_t stamp_segment(const split_plan* plan, uint32_t index, uint8_t* out) noexcept nogil
 cdef uint32_t chain_packets(packet_ref* packets, uint32_t count, packet_chain* chains, bint tcp, bint udp,
                             uint64_t* wrong) noexcept nogil
 cdef void stamp_superframe(const packet_ref* packets, const packet_chain* chain, virtio_net_hdr* header,
