@@ -148,16 +148,16 @@ static int udp_to_tun(void) {
 /* What Go's network poller does with a socket of net.ListenUDP that C reads (runtime/netpoll_epoll.go): it is registered for
    both directions, edge by edge, so that each datagram that comes or has left wakes the poller; nobody waits in Go, and it
    looks once more without waiting before it waits again. docs/benchmarks.md tells what that costs flannel. */
-static void *poll_as_the_runtime(void *nothing) {
+static _Noreturn void *poll_as_the_runtime(void *nothing) {
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET};
     int poller = epoll_create1(EPOLL_CLOEXEC);
+    (void)nothing;
     if (poller < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, udp, &event) < 0)
         fail("poller");
     for (;;) {
         epoll_wait(poller, &event, 1, -1);
         epoll_wait(poller, &event, 1, 0);
     }
-    return nothing;
 }
 
 static void open_tun(const char *name) {
