@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "flanneld"
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 HEAD_START = 0.3
 """Seconds that a store has to answer before a daemon that remembers its lease begins without it."""
 
@@ -83,7 +85,7 @@ async def run(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises LodenError where the start fails, with nothing left behind."""
     stop = asyncio.Event()
     log.info("Installing signal handlers")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         asyncio.get_running_loop().add_signal_handler(number, _stop_once, stop, number)
     daemon = asyncio.create_task(Daemon(options).run())
     stopped = asyncio.create_task(stop.wait())
@@ -119,10 +121,11 @@ def _ending_with(words: str) -> Iterator[None]:
 
 
 def _stop_once(stop: asyncio.Event, number: signal.Signals) -> None:
-    """The first signal stops in order; a second one kills, as with flannel."""
+    """The first signal stops in order; a second one, of either kind, kills, as with flannel."""
     log.info("Received %s, stopping", signal.Signals(number).name)
-    asyncio.get_running_loop().remove_signal_handler(number)
-    signal.signal(number, signal.SIG_DFL)
+    for each in STOPPING:
+        asyncio.get_running_loop().remove_signal_handler(each)
+        signal.signal(each, signal.SIG_DFL)
     stop.set()
 
 

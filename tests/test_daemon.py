@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -122,6 +123,28 @@ def test_a_signal_while_it_waits_for_a_config_is_an_ordered_stop(tmp_path: Path,
     assert "Exiting cleanly..." in daemon.log.read_text()
     assert not Path(daemon.socket).exists()
     assert not daemon.subnet_file.exists()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_stop_that_takes_long(
+    tmp_path: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    """Who makes a lease database locks what is beside it; a daemon that comes meanwhile waits, also to stop."""
+    with (tmp_path / "leases.db-notify").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        daemon = Waiting(tmp_path)
+        daemon.until_it_answers()
+        daemon.process.send_signal(first)
+        daemon.until_logged("Waiting for all goroutines to exit")
+        assert daemon.process.poll() is None
+        daemon.process.send_signal(second)
+        assert daemon.process.wait(10) == -second
+    assert "Exiting cleanly..." not in daemon.log.read_text()
+    after = Waiting(tmp_path)
+    assert after.until_it_answers()["pid"] == after.process.pid, "what was left behind is in nobody's way"
+    after.process.terminate()
+    assert after.process.wait(10) == 0
 
 
 def test_a_second_daemon_at_the_same_place_names_the_first(tmp_path: Path) -> None:
