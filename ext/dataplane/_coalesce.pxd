@@ -7,7 +7,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from dataplane.abi cimport NO_PEER, virtio_net_hdr
+from dataplane.abi cimport virtio_net_hdr
 from dataplane.headers cimport ip_view
 
 cdef enum:

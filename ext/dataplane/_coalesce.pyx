@@ -14,7 +14,7 @@ from dataplane.abi cimport (
 )
 from dataplane.headers cimport (
     ACK, ECE, ICMPV6_PROTOCOL, MOST_PACKET, PSH, TCP, UDP, checksum_add, checksum_finish, checksum_fold, find_l4, ip_view,
-    load_be16, load_be32, parse_ip, pseudo_sum, store_be16, store_be32, unfinished_checksum,
+    load_be16, load_be32, parse_ip, pseudo_sum, store_be16, unfinished_checksum,
 )
 
 cdef enum kinship:

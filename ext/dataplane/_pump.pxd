@@ -5,7 +5,7 @@
 # least g; so publishing never waits and the pumps never lock. A counter has one writer at a time, which adds by `tally`;
 # any other thread reads it by `load_relaxed`.
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from dataplane.abi cimport *
 from dataplane._fib_table cimport fib_route, fib_table

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from dataplane.abi cimport *
-from dataplane.headers cimport checksum_add, checksum_finish, checksum_fold, store_be16, store_be32
+from dataplane.headers cimport checksum_add, checksum_finish, store_be16
 
 cdef enum:
     OUT_BYTES = 1 << 20      # blocks of one drain

@@ -1,7 +1,7 @@
 # Owns every kernel and libc declaration that the packet path uses, and the constants that both sides of
 # the boundary share. Free of logic.
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
