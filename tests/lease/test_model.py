@@ -69,7 +69,16 @@ def test_a_key_comes_back_from_its_text(key: LeaseKey) -> None:
     assert LeaseKey.parse(str(key)) == key
 
 
-@given(st.text() | st.from_regex(r"\A[\d.]{7,15}-\d{1,3}(&[0-9a-f:.]{2,20}-\d{1,3})?\Z"))
+@st.composite
+def nearly(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> str:
+    """One of `texts` with a few characters in the place of others, or none: many are still good."""
+    text = draw(texts)
+    at = draw(st.integers(0, len(text)))
+    put = draw(st.just("") | st.text("0123456789abcdef.:-&%/ \n\\\"{}[],", max_size=2))
+    return text[:at] + put + text[at + draw(st.integers(0, 2)) :]
+
+
+@given(st.text() | st.from_regex(r"\A[\d.]{7,15}-\d{1,3}(&[0-9a-f:.]{2,20}-\d{1,3})?\Z") | nearly(keys.map(str)))
 def test_any_text_gives_a_key_or_a_refusal(text: str) -> None:
     try:
         key = LeaseKey.parse(text)
@@ -232,7 +241,21 @@ def test_two_spellings_beside_deep_nesting_are_a_lease_or_a_refusal() -> None:
         assert LeaseAttrs.decode(value) == LeaseAttrs(IP)
 
 
-@given(st.binary(max_size=200) | json_values.map(msgspec.json.encode))
+mixed_objects = st.fixed_dictionaries(
+    {"PublicIP": st.ip_addresses(v=4).map(str)},
+    optional={
+        "PublicIPv6": st.ip_addresses(v=6).map(str) | json_values,
+        "backendtype": st.text(max_size=5) | json_values,
+        "BackendData": json_values,
+        "BackendV6Data": json_values,
+        "x": json_values,
+    },
+)
+mixed_values = mixed_objects.map(msgspec.json.encode)
+nearly_values = nearly(all_attrs.map(lambda attrs: attrs.encode().decode())).map(lambda text: text.encode())
+
+
+@given(st.binary(max_size=200) | json_values.map(msgspec.json.encode) | mixed_values | nearly_values)
 def test_any_bytes_give_attributes_or_a_refusal(value: bytes) -> None:
     try:
         attrs = LeaseAttrs.decode(value)
