@@ -75,7 +75,8 @@ class DropReason(IntEnum):
     TUN_WRITE = 6
     """RX: the kernel refused the packet at the TUN device."""
     SUPERFRAME = 7
-    """TX: the kernel handed over a superframe, or an unfinished checksum, that cannot be what it says."""
+    """The kernel handed over a superframe (TX, or RX from its VTEP), or an unfinished checksum, that cannot be what it
+    says."""
     PATH_MTU = 8
     """TX: the packet forbids fragmentation and is longer than the path to the peer takes; its sender is told."""
     NO_VNI = 9
