@@ -86,6 +86,7 @@ lint: setup
 
 wheel: setup
 	$(call step,wheel,Read the compiler's message above)
+	rm -rf build/lib.*  # all of it is packed: also modules that are no longer in the tree
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	ls dist
 
