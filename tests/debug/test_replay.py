@@ -20,18 +20,12 @@ from dataplane.debug.replay import Replay, Tally, Wire
 from dataplane.path import superframe, wire
 from dataplane.path.facts import SourceCheck
 from tests.debug.replay_case import CASES, to_capture, to_text
-from tests.path.rig import tcp_superframe
+from tests.path.rig import packet, tcp_superframe
 
 IN, OUT = pcapng.INBOUND, pcapng.OUTBOUND
 US, PEER, STRANGER = "198.18.1.1", "198.18.1.2", "198.18.1.9"
 MAC, THEIR_MAC, VNI = bytes.fromhex("0e1122334455"), bytes.fromhex("0eaabbccddee"), 1
 LEASE = "10.5.2.0/24"
-
-
-def packet(source: str, destination: str, payload: bytes = b"hello") -> bytes:
-    return bytes(IP(src=source, dst=destination, ttl=63) / UDP(sport=1000, dport=2000) / payload)
-
-
 THERE, BACK = packet("10.5.1.2", "10.5.2.9"), packet("10.5.2.9", "10.5.1.2", bytes(range(200)))
 
 
