@@ -24,6 +24,7 @@ class Engine:
         merge_tcp: bool,
         merge_udp: bool,
         spin_ns: int,
+        moderation_ns: int,
         mtu: int,
         icmp_v4: int = -1,
         icmp_source_v4: bytes = ...,

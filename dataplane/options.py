@@ -98,6 +98,9 @@ class Options:
     tun_tso: bool = _flag(True, "pass TCP superframes through the TUN", group=OWN)
     tun_uso: bool = _flag(True, "pass UDP superframes through the TUN", group=OWN)
     spin: int = _flag(200, "microseconds for which a pump looks again before it sleeps, 0 to 10000", group=OWN)
+    moderation: int = _flag(
+        150, "microseconds for which a busy pump lets packets gather once it has none left, 0 to 1000", group=OWN
+    )
     queues: int = _flag(1, "queues of a userspace device, each with two pumps and a socket, 1 to 16", group=OWN)
     vxlan_dataplane: str = _flag(
         "",
@@ -305,6 +308,8 @@ def check(options: Options) -> None:
         raise ConfigError(f"invalid -vxlan-dataplane {word}: use one of {', '.join(VXLAN_DATAPLANES[1:])}")
     if not 0 <= options.spin <= 10_000:
         raise ConfigError(f"invalid -spin {options.spin}: it is in microseconds, from 0 to 10000")
+    if not 0 <= options.moderation <= 1_000:
+        raise ConfigError(f"invalid -moderation {options.moderation}: it is in microseconds, from 0 to 1000")
     if not 1 <= options.queues <= 16:
         raise ConfigError(f"invalid -queues {options.queues}: use 1 to 16")
     if not 1 <= options.vxlan_source_ports <= 64:

@@ -171,5 +171,6 @@ def _tuning(options: Options, switched_off: frozenset[Capability]) -> Tuning:
         SourceCheck[options.source_check.upper()],
         wanted=EVERYTHING - options.switched_off - switched_off,
         spin=options.spin / 1e6,
+        moderation=options.moderation / 1e6,
         queues=options.queues,
     )

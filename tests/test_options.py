@@ -58,6 +58,7 @@ OWN_FLAGS = {
     "tun-uso": True,
     "vxlan-source-ports": 8,
     "spin": 200,
+    "moderation": 150,
     "queues": 1,
     "log-format": "text",
     "cleanup": False,

@@ -82,9 +82,9 @@ class BackendStatus:
     pumps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """What the pumps of a direction, `tx` or `rx`, have counted together since the device was opened last: `packets`
     and `bytes` of inner packets; `superframes` taken or written; `messages`, each a run of datagrams; system `calls`
-    that sent or received them; `wakeups`; `partings`, how often TX went to its thread; `icmp_errors` told to pods;
-    inner `wrong_checksums`; `events_lost`, reports that nobody took in time. Empty where the kernel carries the
-    packets."""
+    that sent or received them; `wakeups`; `moderations`, how often a busy pump let packets gather;
+    `partings`, how often TX went to its thread; `icmp_errors` told to pods; inner `wrong_checksums`; `events_lost`,
+    reports that nobody took in time. Empty where the kernel carries the packets."""
 
 
 class Backend(Protocol):

@@ -56,12 +56,13 @@ OnPeers = Callable[[Mapping[IPNetwork, Peer | None]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What flags and net-conf say. `wanted`: the capabilities to use where the kernel grants them; `spin`: see
-    Datapath; `queues`: of each device, with pumps and a receiving socket for each."""
+    """What flags and net-conf say. `wanted`: the capabilities to use where the kernel grants them; `spin`,
+    `moderation`: see Datapath; `queues`: of each device, with pumps and a receiving socket for each."""
 
     source_check: SourceCheck
     wanted: frozenset[Capability]
     spin: float
+    moderation: float
     queues: int = 1
 
 
@@ -298,6 +299,7 @@ class Tunnel:
             capabilities=self._granted() - self._lost,
             run_datagrams=sockets.receiver.run_datagrams,
             spin=self._tuning.spin,
+            moderation=self._tuning.moderation,
             further=device.further,
             on_event=self._on_event,
         )

@@ -88,6 +88,7 @@ class Datapath:
         capabilities: Collection[Capability] = (),
         run_datagrams: int = 1,
         spin: float = 0.0,
+        moderation: float = 0.0,
         further: Sequence[int] = (),
         on_event: Callable[[PathEvent], None],
     ) -> None:
@@ -96,7 +97,8 @@ class Datapath:
         These do not go through the TUN: the kernel would drop them as martians, since their source is its own address.
         `mtu`: the TUN's. `capabilities`: which of them the descriptors were granted; `run_datagrams`: how many the
         kernel cuts out of one send. `spin`: seconds for which a pump that has just carried something looks again
-        before it sleeps. `further`: more queues of the TUN, each with a receiver of its own in `outer`; whoever gives
+        before it sleeps; `moderation`: for which one that carries at a high rate lets packets gather whenever it has
+        emptied its queue. `further`: more queues of the TUN, each with a receiver of its own in `outer`; whoever gives
         packets to queues and datagrams to receivers keeps those of a flow together.
         """
         errors: dict[str, Any] = {}
@@ -117,6 +119,7 @@ class Datapath:
                 merge_tcp=Capability.TUN_TSO in capabilities,
                 merge_udp=Capability.TUN_USO in capabilities,
                 spin_ns=round(spin * 1e9),
+                moderation_ns=round(moderation * 1e9),
                 mtu=mtu,
                 **errors,
                 **frames,

@@ -76,6 +76,7 @@ class PumpCounters(TypedDict):
     messages: int
     calls: int
     wakeups: int
+    moderations: int
     partings: int
     icmp_errors: int
     wrong_checksums: int

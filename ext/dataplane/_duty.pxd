@@ -10,13 +10,15 @@
 from libc.stdint cimport uint64_t
 
 from dataplane.abi cimport *
-from dataplane._pump cimport engine_state, now_ns, part, sleep_on, stopping
+from dataplane._pump cimport EMPTIED, NOTHING, batch_end, engine_state, now_ns, part, pump_state, sleep_on, stopping
 from dataplane._rx cimport receive_batch, rx_state
 from dataplane._tx cimport transmit_batch, tx_state
 
 cdef enum:
     CROWDED_ROUNDS = 4       # with something in both directions and no look in vain between them: TX goes apart
     QUIET_MS = 10            # without a packet: TX comes back
+    PACE_NS = 1000000        # a pump's pace is measured over that long at least ...
+    BUSY_PACKETS = 128       # ... and so many in it make the pump a busy one
 
 
 cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
@@ -37,10 +39,38 @@ cdef inline bint looks_again(engine_state* engine, uint64_t* end) noexcept nogil
     return True
 
 
+cdef inline void be_punctual() noexcept nogil:
+    """A thread's timers may be as late as its moderation is long (man 2 prctl): not this one's."""
+    prctl(PR_SET_TIMERSLACK, <unsigned long>1)
+
+
+cdef inline bint is_busy(pump_state* pump) noexcept nogil:
+    """Whether the pump, which has just carried something, does so at a high rate."""
+    cdef uint64_t now = now_ns(), elapsed = now - pump.paced_ns
+    if elapsed >= PACE_NS:
+        pump.busy = (pump.packets - pump.paced_packets) * PACE_NS >= BUSY_PACKETS * elapsed
+        pump.paced_ns = now
+        pump.paced_packets = pump.packets
+    return pump.busy
+
+
+cdef inline void moderate(engine_state* engine, pump_state* pump) noexcept nogil:
+    """What comes at a high rate is left alone for a moment once all was carried, and carried together then: neither looks
+    in vain nor a send for every few packets take the processor from whoever sends and receives them."""
+    cdef clock_time time
+    if engine.moderation_ns and is_busy(pump):
+        tally(&pump.moderations, 1)
+        time.tv_sec = 0
+        time.tv_nsec = <long>engine.moderation_ns
+        nanosleep(&time, NULL)
+
+
 cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
     """The TX thread: sleeps until TX is its own."""
     cdef pollfd watched[3]
     cdef uint64_t ignored, end = 0
+    cdef batch_end sent
+    be_punctual()
     watch(&watched[0], engine.tun)
     watch(&watched[1], engine.stop_fd)
     watch(&watched[2], engine.tx_bell)
@@ -48,8 +78,12 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
         if not load_u64(&engine.apart):
             poll(&watched[1], 2, -1)                 # counted nowhere: TX's counters are the other thread's now
             eventfd_read(engine.tx_bell, &ignored)
-        elif transmit_batch(engine, tx):
+            continue
+        sent = transmit_batch(engine, tx)
+        if sent != NOTHING:
             end = 0
+            if sent == EMPTIED:
+                moderate(engine, &engine.tx)
         elif not looks_again(engine, &end):
             end = 0
             if sleep_on(engine, &engine.tx, watched, 2, QUIET_MS) == 0:
@@ -61,24 +95,28 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
     """The RX thread: carries TX as well while that is not apart."""
     cdef pollfd watched[4]
     cdef uint64_t ignored, end = 0
-    cdef bint both, received, sent
+    cdef bint both
+    cdef batch_end received, sent
     cdef bint look = True                            # not after a sleep that something else has ended
     cdef int crowded = 0
+    be_punctual()
     watch(&watched[0], engine.udp)
     watch(&watched[1], engine.stop_fd)
     watch(&watched[2], engine.rx_bell)
     watch(&watched[3], engine.tun)
     while not stopping(engine):
-        received = look and receive_batch(engine, rx)
+        received = receive_batch(engine, rx) if look else NOTHING
         look = True
         both = not load_u64(&engine.apart)
-        sent = both and transmit_batch(engine, tx)
-        if received or sent:
+        sent = transmit_batch(engine, tx) if both else NOTHING
+        if received != NOTHING or sent != NOTHING:
             end = 0
-            crowded += received and sent
+            crowded += received != NOTHING and sent != NOTHING
             if crowded == CROWDED_ROUNDS:
                 crowded = 0
                 part(engine)
+            elif max(received, sent) == EMPTIED:
+                moderate(engine, &engine.rx if received == EMPTIED else &engine.tx)
             continue
         crowded = 0
         if not looks_again(engine, &end):

@@ -53,12 +53,14 @@ cdef class Engine:
     """The two pumps around one TUN and its UDP sockets. The descriptors stay the caller's."""
 
     def __cinit__(self, int tun, int udp, tuple senders, *, int port, int source_check, uint32_t slots,
-                  uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns, uint32_t mtu,
+                  uint32_t run_datagrams, bint merge_tcp, bint merge_udp, uint64_t spin_ns,
+                  uint64_t moderation_ns, uint32_t mtu,
                   int icmp_v4=-1, bytes icmp_source_v4=bytes(4), int icmp_v6=-1, bytes icmp_source_v6=bytes(16),
                   int vni=-1, bytes mac=bytes(6), int version=4):
         """`udp` receives, `senders` send. `run_datagrams`: how many the kernel cuts out of one send, 1 for none;
         `merge_tcp`, `merge_udp`: the TUN takes superframes; `spin_ns`: how long a pump that has just carried something
-        looks again before it sleeps; `mtu`: the TUN's. `icmp_v4`, `icmp_v6`: raw sockets that take whole packets, for
+        looks again before it sleeps; `moderation_ns`: how long one that carries at a high rate lets packets gather
+        whenever it has emptied its queue, 0 for never; `mtu`: the TUN's. `icmp_v4`, `icmp_v6`: raw sockets that take whole packets, for
         the errors that pods get from these sources; -1 for none. `vni`: packets travel in VXLAN frames of that network
         and of IP version `version`, and `mac` is ours; -1: datagrams are packets."""
         cdef engine_state* state = <engine_state*>calloc(1, sizeof(engine_state))
@@ -88,6 +90,7 @@ cdef class Engine:
         state.merge_tcp = merge_tcp
         state.merge_udp = merge_udp
         state.spin_ns = spin_ns
+        state.moderation_ns = moderation_ns
         state.slots = slots
         state.sent = <peer_counters*>calloc(slots, sizeof(peer_counters))
         state.received = <peer_counters*>calloc(slots, sizeof(peer_counters))
@@ -248,6 +251,7 @@ cdef dict pump_counters(pump_state* pump):
         "messages": load_relaxed(&pump.messages),
         "calls": load_relaxed(&pump.calls),
         "wakeups": load_relaxed(&pump.wakeups),
+        "moderations": load_relaxed(&pump.moderations),
         "partings": load_relaxed(&pump.partings),
         "icmp_errors": load_relaxed(&pump.icmp_errors),
         "wrong_checksums": load_relaxed(&pump.wrong_checksums),

@@ -17,6 +17,11 @@ cdef enum:
     SENDERS = 64             # sockets at most
     RETRY_MS = 10            # how long a pump rests where the kernel gives an error instead of readiness
 
+cdef enum batch_end:         # of what a pump found: nothing, all that was there, or as much as a batch takes
+    NOTHING
+    EMPTIED
+    MORE_WAITS
+
 cdef struct pump_state:
     uint64_t generation      # alone on its cache line: publish reads it
     uint64_t padding[7]
@@ -28,10 +33,14 @@ cdef struct pump_state:
     uint64_t messages        # TX: runs sent; RX: messages received
     uint64_t calls           # sends or receives asked of the kernel
     uint64_t wakeups
+    uint64_t moderations     # how often it let packets gather
     uint64_t partings        # TX: how often it went to the TX thread
     uint64_t icmp_errors
     uint64_t wrong_checksums # RX: of inner packets, where merging looked at them
     uint64_t drops[DROP_REASONS]
+    uint64_t paced_ns        # when its pace was measured, and what it had carried by then
+    uint64_t paced_packets
+    bint busy                # by that measurement
     uint64_t events_written  # ring of events: written by the pump ...
     uint64_t events_read     # ... and read by the event loop
     uint64_t events_lost
@@ -63,6 +72,7 @@ cdef struct engine_state:
     bint merge_tcp           # what the TUN takes as superframes
     bint merge_udp
     uint64_t spin_ns
+    uint64_t moderation_ns
     uint32_t slots
     peer_counters* sent      # by slot; written by TX only
     peer_counters* received  # by slot; written by RX only

@@ -12,7 +12,9 @@ from dataplane.abi cimport *
 from dataplane._coalesce cimport mark_superframe, mark_unfinished, packet_ref
 from dataplane._deliver cimport deliver, put_up, tun_outbox
 from dataplane._fib_table cimport fib_route, fib_source, fib_table
-from dataplane._pump cimport engine_state, enter, leave, name_lease, now_ms, park, post_event, rest
+from dataplane._pump cimport (
+    EMPTIED, MORE_WAITS, NOTHING, batch_end, engine_state, enter, leave, name_lease, now_ms, park, post_event, rest,
+)
 from dataplane._tap cimport TAP_RX, name_remote, tap_bytes, tap_record, wall_ns
 from dataplane._udpio cimport MESSAGES, facts_of, message_facts, receive, source_of, udp_inbox
 from dataplane.headers cimport (
@@ -294,18 +296,20 @@ cdef inline void take_message(engine_state* engine, rx_state* rx, const fib_tabl
         store_relaxed(&engine.received[table.routes[peer].slot].last_ms, now)
 
 
-cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogil:
-    """Carry what waits in the socket, up to a batch. False: nothing does."""
+cdef inline batch_end receive_batch(engine_state* engine, rx_state* rx) noexcept nogil:
+    """Carry what waits in the socket, up to a batch."""
+    cdef bint emptied
     cdef const fib_table* table
     cdef int got = receive(engine.udp, &rx.inbox, rx.most), i
     cdef uint64_t now, bytes = 0
     tally(&engine.rx.calls, 1)
     if got < 0:
         if errno == EAGAIN:
-            return False
+            return NOTHING
         if errno != EINTR:
             rest(engine)
-        return True
+        return MORE_WAITS
+    emptied = got < <int>rx.most
     now = now_ms()
     table = enter(engine, &engine.rx)
     for i in range(got):
@@ -317,4 +321,4 @@ cdef inline bint receive_batch(engine_state* engine, rx_state* rx) noexcept nogi
     if rx.outbox.device_error == -EBADFD:
         park(engine, &engine.rx, EBADFD)
     rx.outbox.device_error = 0
-    return True
+    return EMPTIED if emptied else MORE_WAITS

@@ -7,7 +7,7 @@ from dataplane.abi cimport *
 from dataplane._fib_table cimport fib_lookup_v4, fib_lookup_v6, fib_route, fib_table
 from dataplane._segment cimport finish_checksum, plan_split, split_plan, stamp_segment
 from dataplane._pump cimport (
-    engine_state, enter, leave, name_lease, now_ms, park, post_event, rest, stopping, wait_for_room,
+    EMPTIED, MORE_WAITS, NOTHING, batch_end, engine_state, enter, leave, name_lease, now_ms, park, post_event, rest, stopping, wait_for_room,
 )
 from dataplane._tap cimport TAP_TX, name_remote, tap_bytes, tap_payload, tap_record, wall_ns
 from dataplane._tunio cimport tun_read
@@ -372,15 +372,15 @@ cdef inline void take_packet(engine_state* engine, tx_state* tx, const fib_table
         push_packet(engine, tx, &way, packet, <uint32_t>view.length)
 
 
-cdef inline bint transmit_batch(engine_state* engine, tx_state* tx) noexcept nogil:
-    """Carry what waits in the TUN, up to a batch. False: nothing does."""
+cdef inline batch_end transmit_batch(engine_state* engine, tx_state* tx) noexcept nogil:
+    """Carry what waits in the TUN, up to a batch."""
     cdef ssize_t got = tun_read(engine.tun, &tx.header, tx.buffers + HEADROOM, BUFFER_BYTES)
     cdef const fib_table* table
     cdef uint8_t* packet
     cdef uint32_t reads = 0
     cdef uint64_t superframes = engine.tx.superframes
     if got == -EAGAIN:
-        return False
+        return NOTHING
     table = enter(engine, &engine.tx)
     packet = tx.buffers + HEADROOM
     while got >= 0:
@@ -397,4 +397,4 @@ cdef inline bint transmit_batch(engine_state* engine, tx_state* tx) noexcept nog
         park(engine, &engine.tx, EBADFD)
     elif got < 0 and got not in (-EAGAIN, -EINTR):
         rest(engine)
-    return True
+    return EMPTIED if got == -EAGAIN else MORE_WAITS

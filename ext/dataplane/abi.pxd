@@ -110,11 +110,16 @@ cdef extern from "<sys/mman.h>" nogil:
     int MAP_PRIVATE
     int MAP_ANONYMOUS
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, ...)
+    int PR_SET_TIMERSLACK
+
 cdef extern from "<time.h>" nogil:
     struct clock_time "timespec":
         long tv_sec
         long tv_nsec
     int clock_gettime(int clock, clock_time* now)
+    int nanosleep(const clock_time* time, clock_time* left)
     int CLOCK_MONOTONIC
     int CLOCK_MONOTONIC_COARSE
     int CLOCK_REALTIME

@@ -35,7 +35,7 @@ DEVICE = {"udp": "flannel0", "vxlan": "flannel.1"}
 
 def backend(wire: str, queues: int, off: frozenset[Any] = frozenset()) -> Callable[[Underlay, Netlink, Node], Backend]:
     def make(facing: Underlay, netlink: Netlink, _node: Node) -> Backend:
-        tuning = Tuning(SourceCheck.NODE, EVERYTHING - off, 2e-4, queues)
+        tuning = Tuning(SourceCheck.NODE, EVERYTHING - off, spin=2e-4, moderation=1.5e-4, queues=queues)
         if wire == "udp":
             return UdpBackend(facing, [NETWORKS[4]], 8285, netlink, tuning, device="", on_device=lambda _: None)
         return VxlanBackend(

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 
 def udp(versions: tuple[int, ...] = (4, 6)) -> Any:
     def make(facing: Underlay, netlink: Netlink, _node: Node) -> UdpBackend:
-        tuning = Tuning(SourceCheck.NODE, EVERYTHING, 0.0)
+        tuning = Tuning(SourceCheck.NODE, EVERYTHING, spin=0.0, moderation=0.0)
         networks = [NETWORKS[version] for version in versions]
         return UdpBackend(facing, networks, 8285, netlink, tuning, device="", on_device=lambda _: None)
 

@@ -33,7 +33,7 @@ def userspace(
 
     def make(facing: Underlay, netlink: Netlink, _node: Node) -> VxlanBackend:
         kept: dict[str, Any] = {"macs": {}, "on_macs": lambda _: None, "on_device": lambda _: None, **changes}
-        tuning = Tuning(SourceCheck.NODE, EVERYTHING - off, 0.0)
+        tuning = Tuning(SourceCheck.NODE, EVERYTHING - off, spin=0.0, moderation=0.0)
         networks = [NETWORKS[version] for version in versions]
         return VxlanBackend(facing, networks, VxlanWire(1, 8472, source_ports=ports), netlink, tuning, **kept)
 

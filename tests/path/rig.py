@@ -36,6 +36,7 @@ class Rig:
         icmp: socket.socket | None = None,
         capabilities: Collection[Capability] = (),
         spin: float = 0.0,
+        moderation: float = 0.0,
     ) -> None:
         """Without `icmp`, a socket that refuses every ICMP error: they would leave by the machine's own routes."""
         self.pods, self.tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -62,6 +63,7 @@ class Rig:
             capabilities=capabilities,
             run_datagrams=128,
             spin=spin,
+            moderation=moderation,
             on_event=self.events.append,
         )
 
@@ -99,10 +101,10 @@ class Rig:
 
 
 async def running(
-    check: SourceCheck, icmp: socket.socket | None = None, spin: float = 0.0
+    check: SourceCheck, icmp: socket.socket | None = None, spin: float = 0.0, moderation: float = 0.0
 ) -> AsyncIterator[Rig]:
     """A rig that carries, with one route."""
-    made = Rig(check, icmp, spin=spin)
+    made = Rig(check, icmp, spin=spin, moderation=moderation)
     made.path.set_route(THEIRS, PEER)
     made.path.start()
     try:

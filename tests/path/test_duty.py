@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from dataplane.kernel.underlay import UDP_SEGMENT
 from dataplane.path.facts import SourceCheck
 from tests.path.rig import Rig, packet, running
 from tests.pumps import held_back, on_our_processor
@@ -83,6 +84,39 @@ async def test_two_threads_carry_a_flood_and_one_what_comes_later(rig: Rig) -> N
         assert rig.path.statistics().tx["wakeups"] == sleeps, "the TX thread had no part in it"
         assert partings(rig) == before
     assert not rig.drops()
+
+
+def flood_until_busy(rig: Rig) -> None:
+    """One way, 64 datagrams by each send: several times as many in a millisecond as make a pump busy."""
+    back = numbered("10.5.2.9", "10.5.1.2")
+    rig.peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, len(back[0]))
+    for first in range(0, 1000 * TURN, TURN):
+        some = [back[(first + number) % BURST] for number in range(TURN)]
+        for at in range(0, TURN, 64):
+            rig.send_from_peer(b"".join(some[at : at + 64]))
+        assert [rig.read_at_pod() for _ in range(TURN)] == some
+        if rig.path.statistics().rx["moderations"]:
+            rig.peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 0)
+            return
+    raise AssertionError("never busy")
+
+
+@pytest.fixture
+async def moderated() -> AsyncIterator[Rig]:
+    async for made in running(SourceCheck.NODE, spin=2e-4, moderation=1.5e-4):
+        yield made
+
+
+async def test_a_busy_pump_lets_packets_gather_and_one_at_leisure_does_not(moderated: Rig) -> None:
+    await asyncio.to_thread(flood_until_busy, moderated)
+    await asyncio.sleep(0.02)
+    before = moderated.path.statistics().rx["moderations"]
+    for _ in range(10):
+        ping(moderated)
+        await asyncio.sleep(0.02)
+    assert moderated.path.statistics().rx["moderations"] == before
+    assert moderated.path.statistics().tx["moderations"] == 0
+    assert not moderated.drops()
 
 
 async def settled(rig: Rig) -> None:

@@ -21,9 +21,10 @@ TURN = 100
 OTHERS = [IPv4Network((0x0A640000 + (i << 8), 24)) for i in range(50)]
 
 
-@pytest.fixture(params=[0.0, 0.0002], ids=["sleeping", "looking again"])
+@pytest.fixture(params=[(0.0, 0.0), (2e-4, 1.5e-4)], ids=["sleeping", "looking again"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    async for made in running(SourceCheck.NODE, spin=request.param):
+    spin, moderation = request.param
+    async for made in running(SourceCheck.NODE, spin=spin, moderation=moderation):
         yield made
 
 
