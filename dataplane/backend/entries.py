@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,7 +23,7 @@ from dataplane.kernel import rtnetlink
 from dataplane.kernel.events import Group, KernelEvents
 from dataplane.kernel.facts import AddressEvent, KernelEvent, LinkEvent, Overrun, RouteEvent
 from dataplane.kernel.rtnetlink import Entry, Scope, Table
-from dataplane.kernel.tables import Refused, Tables
+from dataplane.kernel.tables import DUMP_ATTEMPTS, Listing, Refused, Tables
 from dataplane.lease.model import LeaseEvent
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class PeerEntries:
         self._by_scope: dict[Scope, dict[bytes, Entry]] = {}
         self._refused: dict[bytes, Refused] = {}
         self._kernel: Tables | None = None
+        self._asking: Tables | None = None  # beside it, so that leases are followed while an audit reads
+        self._touched: set[bytes] | None = None  # keys that were changed while an audit reads
         self._groups = frozenset[Group]()
         self._events: KernelEvents | None = None
         self._attention = Attention(self._look)
@@ -111,6 +114,7 @@ class PeerEntries:
         """Connect to the kernel and hear of changes, before anything is made. Raises KernelError."""
         self._groups = groups
         self._kernel = await Tables.open()
+        self._asking = await Tables.open()
         self._events = self._listen()
 
     def start(self) -> None:
@@ -131,8 +135,9 @@ class PeerEntries:
         await self._attention.close()
         if self._events is not None:
             self._events.close()
-        if self._kernel is not None:
-            await self._kernel.close()
+        for connection in (self._kernel, self._asking):
+            if connection is not None:
+                await connection.close()
 
     # --- what a backend asks --------------------------------------------------------------------------------------
 
@@ -188,7 +193,8 @@ class PeerEntries:
                 self._known = True
                 await self._follow(changes)
                 if not self._audited:
-                    audit = await self._audit()
+                    await self._decide_anew()
+                    audit = await self._audit(await self._list(dict.fromkeys((*self._by_scope, *self._scopes()))))
                     log.info(
                         "%d peers: %d entries stood already, %d were put in, %d of gone peers were taken away",
                         *(len(self._peers), audit.kept, audit.put, audit.removed),
@@ -249,6 +255,8 @@ class PeerEntries:
                 new.update((entry.key, entry) for entry in self._needs[subnet])
         put = [entry for key, entry in new.items() if old.get(key) != entry]
         drop = [entry for key, entry in old.items() if key not in new]
+        if self._touched is not None:
+            self._touched.update(entry.key for entry in (*put, *drop))
         # known before the kernel is changed, so that its events about it are recognised
         for entry in (*drop, *(old[entry.key] for entry in put if entry.key in old)):
             del self._wanted[entry.key]
@@ -288,6 +296,8 @@ class PeerEntries:
         return table is Table.ROUTE and self.doubt()
 
     async def _look(self) -> None:
+        """Whoever follows leases has a turn while the kernel is read: to read thirty thousand entries takes the better
+        part of the time in which no packet may go to a replaced owner, and on busy processors more."""
         async with self._turn:
             self._planned &= not await self._put_right()
             if not self._known:
@@ -296,33 +306,61 @@ class PeerEntries:
                 self.doubt()
                 await self._replan(self._peers)
                 self._planned = True
-            audit = await self._audit()
-            if audit.put or audit.removed:
-                log.warning(
-                    "Others had changed what stands for peers in the kernel: %d entries were put back, %d taken away",
-                    *(audit.put, audit.removed),
-                )
+            await self._decide_anew()
+            scopes = list(self._by_scope)
+            self._touched = set()
+        try:
+            found = await self._list_in_turns(scopes)
+            async with self._turn:
+                audit = await self._audit(found)
+        finally:
+            self._touched = None
+        if audit.put or audit.removed:
+            log.warning(
+                "Others had changed what stands for peers in the kernel: %d entries were put back, %d taken away",
+                *(audit.put, audit.removed),
+            )
 
-    async def _audit(self) -> Audit:
-        """Compare with the kernel's tables, put in what is missing, take away what is ours and useless. Raises
-        KernelError, and then everything is as doubtful as before."""
+    async def _decide_anew(self) -> None:
         if self._doubtful:
             news = await self._decide({peer.address for peer in self._peers.values()})
             self._doubtful = False
             await self._replan([subnet for subnet, peer in self._peers.items() if peer.address in news])
-        scopes = dict.fromkeys(self._by_scope)
-        if not self._audited:
-            scopes |= dict.fromkeys(self._scopes())
+
+    async def _list(self, scopes: Iterable[Scope], attempts: int = DUMP_ATTEMPTS) -> dict[Scope, Listing]:
+        """What stands in each scope. Raises KernelError."""
+        if self._asking is None:
+            raise RuntimeError("open comes first")
+        # copies: these change with every lease
+        return {
+            scope: await self._asking.listing(scope, dict(self._by_scope.get(scope, {})), attempts) for scope in scopes
+        }
+
+    async def _list_in_turns(self, scopes: Iterable[Scope]) -> dict[Scope, Listing]:
+        """The same while leases are followed; where that disturbs the kernel's list of a table, they wait for it."""
+        found: dict[Scope, Listing] = {}
+        for scope in scopes:
+            try:
+                found |= await self._list([scope], attempts=1)
+            except KernelError:
+                async with self._turn:
+                    found |= await self._list([scope])
+        return found
+
+    async def _audit(self, found: Mapping[Scope, Listing]) -> Audit:
+        """Put in what is missing, take away what is ours and useless; what was changed since the kernel was read is
+        right. The turn is ours. Raises KernelError, and then everything is as doubtful as before."""
+        touched: AbstractSet[bytes] = self._touched or frozenset()
         missing: dict[bytes, Entry] = {}
         stale: dict[bytes, Entry] = {}
-        for scope in scopes:
-            wanted = self._by_scope.get(scope, {})
-            listing = await self._tables.listing(scope, wanted)
-            present = {entry.key for entry in listing.present}
+        for scope, listing in found.items():
+            present = {entry.key for entry in listing.present} | touched
             for body in listing.others:
-                self._judge(rtnetlink.entry_of(scope.table, body), present, stale)
-            if len(present) < len(wanted):
-                missing.update((entry.key, entry) for entry in wanted.values() if entry.key not in present)
+                entry = rtnetlink.entry_of(scope.table, body)
+                if entry is not None and entry.key not in touched:
+                    self._judge(entry, present, stale)
+            wanted = self._by_scope.get(scope, {}).values()
+            missing.update((entry.key, entry) for entry in wanted if entry.key not in present)
         put = len(missing) - await self._change(list(missing.values()), list(stale.values()))
         if self._audited:
             self.repairs += put + len(stale)
@@ -336,10 +374,8 @@ class PeerEntries:
         for route in map(rtnetlink.route_of, (entry.body for entry in islice(there, 10))):
             log.info("Route recovered %s : %s", route.destination, route.gateway)
 
-    def _judge(self, entry: Entry | None, present: set[bytes], stale: dict[bytes, Entry]) -> None:
+    def _judge(self, entry: Entry, present: set[bytes], stale: dict[bytes, Entry]) -> None:
         """What the kernel shows otherwise than we write it, or what is none of the entries that are wanted there."""
-        if entry is None:
-            return
         wanted = self._wanted.get(entry.key)
         if wanted == entry:
             present.add(entry.key)

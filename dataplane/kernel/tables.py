@@ -108,10 +108,12 @@ class Tables:
         back costs more than what it does there: so both go together."""
         return await self._run(lambda: (self._put(put), self._delete(drop)))
 
-    async def listing(self, scope: Scope, wanted: Mapping[bytes, Entry]) -> Listing:
+    async def listing(
+        self, scope: Scope, wanted: Mapping[bytes, Entry], attempts: int = DUMP_ATTEMPTS
+    ) -> Listing:
         """What stands in one table of one device; `wanted`: entries of that scope by their bodies. A device that is
-        not there has nothing. Raises KernelError."""
-        return await self._run(lambda: self._listing(scope, wanted))
+        not there has nothing. Raises KernelError, also where the table changes during each of the `attempts`."""
+        return await self._run(lambda: self._listing(scope, wanted, attempts))
 
     async def neighbouring(self, addresses: Sequence[IPAddress]) -> dict[IPAddress, int]:
         """Those of the addresses to which the kernel would send a packet without a gateway, now, and the index of the
@@ -164,13 +166,13 @@ class Tables:
         except OSError as error:
             raise KernelError(f"cannot change the kernel's tables: {error.strerror}") from error
 
-    def _listing(self, scope: Scope, wanted: Mapping[bytes, Entry]) -> Listing:
+    def _listing(self, scope: Scope, wanted: Mapping[bytes, Entry], attempts: int) -> Listing:
         width = len(next(iter(wanted))) if wanted else 0
-        for _ in range(DUMP_ATTEMPTS):
+        for _ in range(attempts):
             listing = self._dump(scope, wanted, width)
             if listing is not None:
                 return listing
-        raise KernelError(f"the kernel's tables changed during each of {DUMP_ATTEMPTS} attempts to list them")
+        raise KernelError(f"the kernel's tables changed during each of {attempts} attempts to list them")
 
     def _dump(self, scope: Scope, wanted: Mapping[bytes, Entry], width: int) -> Listing | None:
         """None where others changed the table under the kernel's hands: it may lack entries or have them twice."""

@@ -18,6 +18,8 @@ from dataplane.backend.kernel_vxlan import KernelVxlanBackend
 from dataplane.errors import ConfigError, KernelError
 from dataplane.kernel import events as kernel_events
 from dataplane.kernel.netlink import Netlink
+from dataplane.kernel.rtnetlink import Scope, Table
+from dataplane.kernel.tables import Listing, Tables
 from dataplane.lease.model import Lease, LeaseEvent, LeaseEventKind, LeaseKey
 from dataplane.netconf import NetworkConfig, VxlanConfig
 from tests.backend.one_node import (
@@ -408,6 +410,40 @@ def test_an_overrun_leads_to_an_audit_at_once(ns: Namespace, monkeypatch: pytest
         await until("the routes are back", lambda: len(routes(ns)) == 256 + len(peers))
 
     with_peers(ns, work, *peers)
+
+
+def test_leases_are_followed_while_the_kernel_is_read(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is older than what was followed meanwhile, and undoes nothing of it; the rest is put right."""
+    reading, read_on = asyncio.Event(), asyncio.Event()
+    listing = Tables.listing
+
+    async def slowly(self: Tables, scope: Scope, *rest: Any) -> Listing:
+        found = await listing(self, scope, *rest)
+        if scope.table is Table.ROUTE:  # the last one
+            reading.set()
+            await read_on.wait()
+        return found
+
+    async def work(backend: KernelVxlanBackend) -> None:
+        await calm()
+        monkeypatch.setattr(Tables, "listing", slowly)
+        ns.command("ip", "neigh", "del", "10.5.5.0", "dev", DEVICE)
+        async with asyncio.timeout(20):
+            await reading.wait()
+        moved = peer(2, ip="198.18.0.99", mac=mac_of(99))
+        changes = [*added([moved, peer(6)]), *removed(peer(3))]
+        async with asyncio.timeout(20):
+            await backend.apply(changes)
+        now = (moved, peer(4), peer(6))
+        assert fdb(ns, DEVICE) == {mac_text(p): str(p.attrs.public_ip) for p in (*now, peer(5))}
+        monkeypatch.undo()
+        read_on.set()
+        await until("the neighbour is back", lambda: stands(ns, *now, peer(5)))
+        await calm()
+        assert stands(ns, *now, peer(5))
+        assert backend.status().repairs == 1
+
+    with_peers(ns, work, *(peer(number) for number in (2, 3, 4, 5)))
 
 
 def test_the_underlays_device_comes_back_as_another(ns: Namespace) -> None:
