@@ -43,7 +43,8 @@ from dataplane.path.facts import (
 from dataplane.path.routes import MAX_ROUTES, Routes
 
 GATHER_SECONDS = 0.01
-"""How long changes are gathered before they are published together."""
+"""Between two tables, in which changes are gathered; the first after a quiet time is published with its neighbours in
+the same turn of the loop."""
 
 SWEEP_SECONDS = 1.0
 """How often replaced tables are looked at, beside each publish."""
@@ -132,6 +133,7 @@ class Datapath:
         self._generation = 0
         self._threads: list[threading.Thread] = []
         self._publish_timer: asyncio.TimerHandle | None = None
+        self._next_publish = 0.0
         self._sweep_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -171,6 +173,7 @@ class Datapath:
         changes = self._routes.pending
         if not changes:
             return
+        self._next_publish = self._loop.time() + GATHER_SECONDS
         self._fib = self._fib.updated(changes)
         # all engines began with the same generation, and have had every new one together
         self._generation = max(engine.publish(self._fib) for engine in self._engines)
@@ -286,7 +289,7 @@ class Datapath:
     def _gather(self) -> None:
         """Let what was changed be published soon, with what is changed until then."""
         if self._publish_timer is None and self._threads:
-            self._publish_timer = self._loop.call_later(GATHER_SECONDS, self.publish)
+            self._publish_timer = self._loop.call_at(self._next_publish, self.publish)
 
     def _sweep(self) -> None:
         """Free the tables and slots that no pump uses any more; look again in a second where some are left."""

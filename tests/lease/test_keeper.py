@@ -12,7 +12,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from dataplane.errors import KernelError
-from dataplane.lease.keeper import PACE, WIPED_STORE_GRACE
+from dataplane.lease.keeper import PACE, PORTION, UNRESTED, WIPED_STORE_GRACE
 from dataplane.lease.loss import LINGER
 from dataplane.lease.model import LeaseAttrs, LeaseEvent, LeaseKey
 from dataplane.lease.store import Entry, Snapshot
@@ -73,6 +73,20 @@ async def test_a_lone_change_is_followed_at_once_and_what_comes_soon_after_toget
         store.put("10.5.6.0-24", value("192.0.2.6"))
         await settle()
         assert node.told == [1, 2, 1]
+
+
+async def test_what_has_piled_up_is_followed_without_a_rest_and_very_much_with_some(store: SimulatedStore) -> None:
+    node = BusyNode(store, 1)
+    async with living(store, node):
+        await store.clock.advance(1, store)
+        node.told.clear()
+        for turn in range(UNRESTED + 3):
+            for number in range(100, 100 + PORTION):
+                store.put(f"10.5.{number}.0-24", value(f"192.0.{turn}.{number}"))
+            await settle()
+        assert node.told == [PORTION] * (UNRESTED + 1), "then it rests"
+        await store.clock.advance(1, store)
+        assert node.told == [PORTION] * (UNRESTED + 3)
 
 
 async def test_peers_are_followed_and_told_in_flannels_words(

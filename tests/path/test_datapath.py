@@ -213,6 +213,24 @@ async def test_changes_are_published_by_themselves(rig: Rig) -> None:
     await rig.until(drops={DropReason.NO_ROUTE: 1})
 
 
+async def test_after_a_quiet_time_changes_are_published_at_once_and_the_next_ones_are_gathered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.sleep(datapath.GATHER_SECONDS * 2)
+    monkeypatch.setattr(datapath, "GATHER_SECONDS", 3600.0)
+    rig.path.remove_route(THEIRS)
+    await asyncio.sleep(0.05)
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+    await rig.until(drops={DropReason.NO_ROUTE: 1})
+    rig.path.set_route(THEIRS, PEER)
+    await asyncio.sleep(0.05)
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+    await rig.until(drops={DropReason.NO_ROUTE: 2})
+    rig.path.publish()
+    rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
+    assert rig.peer.recv(70000) == packet("10.5.1.2", "10.5.2.9")
+
+
 async def test_a_slot_is_used_again_with_its_counters_at_zero(rig: Rig) -> None:
     rig.send_from_pod(packet("10.5.1.2", "10.5.2.9"))
     rig.peer.recv(70000)
