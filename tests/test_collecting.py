@@ -16,7 +16,7 @@ from dataplane import collecting
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The generations that were collected, in order."""
     collected: list[int] = []
-    for name, seconds in (("YOUNG", 0.01), ("DUE", 0.1), ("QUIET", 0.05), ("LATEST", 0.5)):
+    for name, seconds in (("YOUNG", 0.01), ("BUSY", 0.01), ("DUE", 0.1), ("QUIET", 0.05), ("LATEST", 0.5)):
         monkeypatch.setattr(collecting, f"{name}_SECONDS", seconds)
 
     def note(phase: str, info: dict[str, int]) -> None:
