@@ -339,16 +339,16 @@ class Netlink:
 
 
 def _routes(destination: IPv4Network | IPv6Network) -> tuple[Route, ...]:
-    return tuple(sorted(map(rtnetlink.route_of, _listed(destination)), key=lambda route: route.metric))
+    return tuple(sorted((route for _, route in _listed(destination)), key=lambda route: route.metric))
 
 
 def _has_blackhole(destination: IPv4Network | IPv6Network) -> bool:
-    return any(body[_RTM_TYPE] == RTN_BLACKHOLE for body in _listed(destination))
+    return any(body[_RTM_TYPE] == RTN_BLACKHOLE for body, _ in _listed(destination))
 
 
-def _listed(destination: IPv4Network | IPv6Network) -> list[bytes]:
-    """The main table's routes to it, of every kind, as the kernel shows them. It can only show all there are: to read
-    those of ten thousand peers takes pyroute2 a second, in which the event loop stands, and 35 MiB."""
+def _listed(destination: IPv4Network | IPv6Network) -> list[tuple[bytes, Route]]:
+    """The main table's routes to it, of every kind, as the kernel shows them and as records. It can only show all there
+    are: to read those of ten thousand peers takes pyroute2 a second, in which the event loop stands, and 35 MiB."""
     scope, length = rtnetlink.routes_of(destination.version, 0), destination.prefixlen
     with (
         translated(f"list routes to {destination}"),
@@ -363,9 +363,11 @@ def _listed(destination: IPv4Network | IPv6Network) -> list[bytes]:
                 scan.take(asking.recv(_RECEIVE_BYTES))
             if scan.end not in (0, errno.ENOENT):  # which says that a namespace has had no route yet
                 raise OSError(scan.end, os.strerror(scan.end))
-            if not scan.flags & NLM_F_DUMP_INTR:
-                found = ((body, rtnetlink.route_of(body)) for body in scan.others if body[_RTM_LENGTH] == length)
-                return [body for body, it in found if (it.destination, it.table) == (destination, RT_TABLE_MAIN)]
+            alike = ((body, rtnetlink.route_of(body)) for body in scan.others if body[_RTM_LENGTH] == length)
+            found = [each for each in alike if (each[1].destination, each[1].table) == (destination, RT_TABLE_MAIN)]
+            # others that change meanwhile, as in a storm of leases one always does, put in doubt only what is missing
+            if found or not scan.flags & NLM_F_DUMP_INTR:
+                return found
     raise KernelError(f"the kernel's routes changed during each of {DUMP_ATTEMPTS} attempts to list them")
 
 

@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from dataplane.errors import KernelError
+from dataplane.kernel import rtnetlink
 from dataplane.kernel.facts import Vxlan
 from dataplane.kernel.netlink import Netlink, quiet_ipv6, refuse_router_advertisements
 from tests.namespaces import Namespace, open_namespace
@@ -192,6 +193,22 @@ def test_a_route_held_by_another_device_is_named_and_stays(ns: Namespace, metric
     ns.command("ip", "route", "add", "10.0.0.0/8", "dev", "v0")
     ns.command("ip", "route", "add", str(NETWORK), "dev", "v0", "table", "99")
     assert ask(ns, lambda n: n.ensure_route(NETWORK, "flannel0"))
+
+
+def test_a_route_is_found_while_others_change(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed(rtnetlink.Scan):
+        """Each list says that others changed the table meanwhile."""
+
+        def take(self, buffer: bytes) -> None:
+            super().take(buffer)
+            self.flags |= rtnetlink.NLM_F_DUMP_INTR
+
+    ns.command("ip", "link", "set", "flannel0", "up")
+    assert ask(ns, lambda n: n.ensure_route(NETWORK, "flannel0"))
+    monkeypatch.setattr(rtnetlink, "Scan", Disturbed)
+    assert not ask(ns, lambda n: n.ensure_route(NETWORK, "flannel0"))
+    with pytest.raises(KernelError, match="changed during each of 10 attempts"):
+        ask(ns, lambda n: n.ensure_route(IPv4Network("10.6.0.0/16"), "flannel0"))
 
 
 def test_a_blackhole_in_the_way_is_named(ns: Namespace) -> None:
