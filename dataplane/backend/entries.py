@@ -193,8 +193,7 @@ class PeerEntries:
                 self._known = True
                 await self._follow(changes)
                 if not self._audited:
-                    await self._decide_anew()
-                    audit = await self._audit(await self._list(dict.fromkeys((*self._by_scope, *self._scopes()))))
+                    audit = await self._first_audit()
                     log.info(
                         "%d peers: %d entries stood already, %d were put in, %d of gone peers were taken away",
                         *(len(self._peers), audit.kept, audit.put, audit.removed),
@@ -306,20 +305,23 @@ class PeerEntries:
                 self.doubt()
                 await self._replan(self._peers)
                 self._planned = True
+            if not self._audited:
+                self._say_repaired(await self._first_audit())
+                return
             await self._decide_anew()
             scopes = list(self._by_scope)
             self._touched = set()
         try:
             found = await self._list_in_turns(scopes)
             async with self._turn:
-                audit = await self._audit(found)
+                self._say_repaired(await self._audit(found))
         finally:
             self._touched = None
-        if audit.put or audit.removed:
-            log.warning(
-                "Others had changed what stands for peers in the kernel: %d entries were put back, %d taken away",
-                *(audit.put, audit.removed),
-            )
+
+    async def _first_audit(self) -> Audit:
+        """Before it nothing is written; what a former daemon left may stand elsewhere, too. The turn is ours."""
+        await self._decide_anew()
+        return await self._audit(await self._list(dict.fromkeys((*self._by_scope, *self._scopes()))))
 
     async def _decide_anew(self) -> None:
         if self._doubtful:
@@ -367,6 +369,13 @@ class PeerEntries:
             self._say_recovered(missing.values())
         self._audited = True
         return Audit(len(self._wanted) - len(missing), put, len(stale))
+
+    def _say_repaired(self, audit: Audit) -> None:
+        if audit.put or audit.removed:
+            log.warning(
+                "Others had changed what stands for peers in the kernel: %d entries were put back, %d taken away",
+                *(audit.put, audit.removed),
+            )
 
     def _say_recovered(self, entries: Iterable[Entry]) -> None:
         """In flannel's words, which scripts look for; of very many the first."""

@@ -299,6 +299,29 @@ def test_a_start_takes_over_what_is_right_and_clears_what_is_stale(ns: Namespace
     assert "10.5.2.0" not in said, "what was right was not touched"
 
 
+def test_a_start_that_cannot_read_the_kernel_at_first_is_made_up_for(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing_more(_: KernelVxlanBackend) -> None:
+        assert stands(ns, peer(2), peer(3))
+
+    with_peers(ns, nothing_more, peer(2), peer(3))
+    listing, refusals = Tables.listing, ["no buffer space"]
+
+    async def refused(self: Tables, scope: Scope, *rest: Any) -> Listing:
+        if refusals:
+            raise KernelError(refusals.pop())
+        return await listing(self, scope, *rest)
+
+    async def work(backend: KernelVxlanBackend) -> None:
+        assert not refusals
+        await backend.apply(added([peer(4)]))
+        await until("only what is wanted stands", lambda: stands(ns, peer(3), peer(4)))
+
+    monkeypatch.setattr(Tables, "listing", refused)
+    with_peers(ns, work, peer(3))
+
+
 def test_before_the_peers_are_known_nothing_is_taken_away(ns: Namespace) -> None:
     async def first(backend: KernelVxlanBackend) -> None:
         assert stands(ns, peer(2))
