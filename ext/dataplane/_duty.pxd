@@ -17,8 +17,15 @@ from dataplane._tx cimport transmit_batch, tx_state
 cdef enum:
     CROWDED_ROUNDS = 4       # with something in both directions and no look in vain between them: TX goes apart
     QUIET_MS = 10            # without a packet: TX comes back
+    MOST_IN_VAIN = 8         # bounds in a row to whose end nothing came: what comes is slower than that
     PACE_NS = 1000000        # a pump's pace is measured over that long at least ...
     BUSY_PACKETS = 128       # ... and so many in it make the pump a busy one
+
+
+cdef struct patience:
+    uint64_t end             # of looking again; 0 before the first look in vain
+    uint64_t in_vain         # bounds in a row
+    bint slept               # what is found next has ended a sleep
 
 
 cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
@@ -27,16 +34,36 @@ cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
     watched.revents = 0
 
 
-cdef inline bint looks_again(engine_state* engine, uint64_t* end) noexcept nogil:
+cdef inline bint looks_again(engine_state* engine, patience* spin) noexcept nogil:
     """After a look in vain: whether the bound `spin_ns`, which begins with the first of them, is not reached yet."""
-    if engine.spin_ns == 0:
+    if engine.spin_ns == 0 or spin.in_vain == MOST_IN_VAIN:
         return False
-    if end[0] == 0:
-        end[0] = now_ns() + engine.spin_ns
-    elif now_ns() >= end[0]:
+    if spin.end == 0:
+        spin.end = now_ns() + engine.spin_ns
+    elif now_ns() >= spin.end:
+        spin.end = 0
+        spin.in_vain += 1
         return False
     sched_yield()
     return True
+
+
+cdef inline void found(patience* spin) noexcept nogil:
+    if not spin.slept:
+        spin.in_vain = 0
+    spin.end = 0
+    spin.slept = False
+
+
+cdef inline int sleep(engine_state* engine, pump_state* pump, patience* spin, pollfd* watched, int count,
+                      int most_ms) noexcept nogil:
+    """As `sleep_on`; a sleep that is shorter than the bound says that looking again is worth it."""
+    cdef uint64_t began = now_ns()
+    cdef int ready = sleep_on(engine, pump, watched, count, most_ms)
+    spin.slept = True
+    if now_ns() - began < engine.spin_ns:
+        spin.in_vain = 0
+    return ready
 
 
 cdef inline void be_punctual() noexcept nogil:
@@ -68,7 +95,8 @@ cdef inline void moderate(engine_state* engine, pump_state* pump) noexcept nogil
 cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
     """The TX thread: sleeps until TX is its own."""
     cdef pollfd watched[3]
-    cdef uint64_t ignored, end = 0
+    cdef uint64_t ignored
+    cdef patience spin = patience(0, 0, False)
     cdef batch_end sent
     be_punctual()
     watch(&watched[0], engine.tun)
@@ -81,12 +109,11 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
             continue
         sent = transmit_batch(engine, tx)
         if sent != NOTHING:
-            end = 0
+            found(&spin)
             if sent == EMPTIED:
                 moderate(engine, &engine.tx)
-        elif not looks_again(engine, &end):
-            end = 0
-            if sleep_on(engine, &engine.tx, watched, 2, QUIET_MS) == 0:
+        elif not looks_again(engine, &spin):
+            if sleep(engine, &engine.tx, &spin, watched, 2, QUIET_MS) == 0:
                 store_u64(&engine.apart, 0)
                 eventfd_write(engine.rx_bell, 1)
 
@@ -94,7 +121,8 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
 cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexcept nogil:
     """The RX thread: carries TX as well while that is not apart."""
     cdef pollfd watched[4]
-    cdef uint64_t ignored, end = 0
+    cdef uint64_t ignored
+    cdef patience spin = patience(0, 0, False)
     cdef bint both
     cdef batch_end received, sent
     cdef bint look = True                            # not after a sleep that something else has ended
@@ -110,7 +138,7 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
         both = not load_u64(&engine.apart)
         sent = transmit_batch(engine, tx) if both else NOTHING
         if received != NOTHING or sent != NOTHING:
-            end = 0
+            found(&spin)
             crowded += received != NOTHING and sent != NOTHING
             if crowded == CROWDED_ROUNDS:
                 crowded = 0
@@ -119,9 +147,8 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
                 moderate(engine, &engine.rx if received == EMPTIED else &engine.tx)
             continue
         crowded = 0
-        if not looks_again(engine, &end):
-            end = 0
-            sleep_on(engine, &engine.rx, watched, 4 if both else 3, -1)
+        if not looks_again(engine, &spin):
+            sleep(engine, &engine.rx, &spin, watched, 4 if both else 3, -1)
             look = watched[0].revents != 0
             if watched[2].revents:
                 eventfd_read(engine.rx_bell, &ignored)

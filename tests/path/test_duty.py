@@ -6,6 +6,7 @@ import asyncio
 import functools
 import random
 import socket
+import statistics
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -117,6 +118,19 @@ async def test_a_busy_pump_lets_packets_gather_and_one_at_leisure_does_not(moder
     assert moderated.path.statistics().rx["moderations"] == before
     assert moderated.path.statistics().tx["moderations"] == 0
     assert not moderated.drops()
+
+
+async def test_a_pump_whose_looks_are_in_vain_sleeps_at_once(moderated: Rig) -> None:
+    """Packets that come one by one and slowly cost two calls each, one of which finds nothing, not a hundred."""
+    calls = []
+    for _ in range(40):
+        before = moderated.path.statistics().rx["calls"]
+        moderated.send_from_peer(packet("10.5.2.9", "10.5.1.2"))
+        moderated.read_at_pod()
+        await asyncio.sleep(0.005)
+        calls.append(moderated.path.statistics().rx["calls"] - before)
+    assert max(calls[:8]) > 5
+    assert statistics.median(calls[20:]) <= 3, "one pump that is woken late now and then changes nothing"
 
 
 async def settled(rig: Rig) -> None:
