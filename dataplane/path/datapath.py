@@ -173,7 +173,8 @@ class Datapath:
         changes = self._routes.pending
         if not changes:
             return
-        self._next_publish = self._loop.time() + GATHER_SECONDS
+        if self._threads:
+            self._next_publish = self._loop.time() + GATHER_SECONDS
         self._fib = self._fib.updated(changes)
         # all engines began with the same generation, and have had every new one together
         self._generation = max(engine.publish(self._fib) for engine in self._engines)

@@ -129,7 +129,6 @@ async def test_a_pump_whose_looks_are_in_vain_sleeps_at_once(moderated: Rig) -> 
         moderated.read_at_pod()
         await asyncio.sleep(0.005)
         calls.append(moderated.path.statistics().rx["calls"] - before)
-    assert max(calls[:8]) > 5
     assert statistics.median(calls[20:]) <= 3, "one pump that is woken late now and then changes nothing"
 
 
