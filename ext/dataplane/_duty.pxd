@@ -49,6 +49,7 @@ cdef inline bint looks_again(engine_state* engine, patience* spin) noexcept nogi
 
 
 cdef inline void found(patience* spin) noexcept nogil:
+    """Something was carried: by looking or without a pause, which says that looking is worth it, or after a sleep."""
     if not spin.slept:
         spin.in_vain = 0
     spin.end = 0
