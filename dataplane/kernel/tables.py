@@ -26,8 +26,9 @@ from dataplane.kernel.rtnetlink import Entry, IPAddress, Scope, Table
 R = TypeVar("R")
 
 BATCH = 32
-"""Messages of one system call. The kernel answers all of them before it returns, so their answers must fit the receive
-buffer, and lets nothing else have that processor: of ten thousand new routes through one device the last ones take it a third of a millisecond each."""
+"""Messages of one system call. The kernel answers all of them before it returns, so that their answers must fit the
+receive buffer, and lets nothing else have that processor: of ten thousand new routes through one device the last ones
+take it a third of a millisecond each."""
 BUFFER_BYTES = 4 << 20
 RECEIVE_BYTES = 1 << 18
 DUMP_ATTEMPTS = 10
