@@ -19,7 +19,8 @@ cdef enum:
     QUIET_MS = 10            # without a packet: TX comes back
     MOST_IN_VAIN = 8         # bounds in a row to whose end nothing came: what comes is slower than that
     PACE_NS = 1000000        # a pump's pace is measured over that long at least ...
-    BUSY_PACKETS = 128       # ... and so many in it make the pump a busy one
+    BUSY_PACKETS = 128       # ... and so many in it make the pump a busy one ...
+    BUSY_NS = 10000000       # ... for so long, unless it is measured anew before
 
 
 cdef struct patience:
@@ -34,13 +35,21 @@ cdef inline void watch(pollfd* watched, int fd) noexcept nogil:
     watched.revents = 0
 
 
+cdef inline bint is_busy(engine_state* engine, uint64_t now) noexcept nogil:
+    """Whether packets come at a high rate in either direction."""
+    return now < load_u64(&engine.tx.busy_until) or now < load_u64(&engine.rx.busy_until)
+
+
 cdef inline bint looks_again(engine_state* engine, patience* spin) noexcept nogil:
-    """After a look in vain: whether the bound `spin_ns`, which begins with the first of them, is not reached yet."""
-    if engine.spin_ns == 0 or spin.in_vain == MOST_IN_VAIN:
+    """After a look in vain: whether the bound `spin_ns`, which begins with the first of them, is not reached yet. Never at a
+    high rate in either direction: the processor is wanted then, and what came next would be carried with what follows."""
+    cdef uint64_t now = now_ns()
+    if engine.spin_ns == 0 or spin.in_vain == MOST_IN_VAIN or is_busy(engine, now):
+        spin.end = 0
         return False
     if spin.end == 0:
-        spin.end = now_ns() + engine.spin_ns
-    elif now_ns() >= spin.end:
+        spin.end = now + engine.spin_ns
+    elif now >= spin.end:
         spin.end = 0
         spin.in_vain += 1
         return False
@@ -72,21 +81,22 @@ cdef inline void be_punctual() noexcept nogil:
     prctl(PR_SET_TIMERSLACK, <unsigned long>1)
 
 
-cdef inline bint is_busy(pump_state* pump) noexcept nogil:
-    """Whether the pump, which has just carried something, does so at a high rate."""
+cdef inline void measure_pace(pump_state* pump) noexcept nogil:
+    """Of a pump that has just carried something: whether it does so at a high rate."""
     cdef uint64_t now = now_ns(), elapsed = now - pump.paced_ns
+    cdef bint fast
     if elapsed >= PACE_NS:
-        pump.busy = (pump.packets - pump.paced_packets) * PACE_NS >= BUSY_PACKETS * elapsed
+        fast = (pump.packets - pump.paced_packets) * PACE_NS >= BUSY_PACKETS * elapsed
+        store_u64(&pump.busy_until, now + BUSY_NS if fast else 0)
         pump.paced_ns = now
         pump.paced_packets = pump.packets
-    return pump.busy
 
 
 cdef inline void moderate(engine_state* engine, pump_state* pump) noexcept nogil:
     """What comes at a high rate is left alone for a moment once all was carried, and carried together then: neither looks
     in vain nor a send for every few packets take the processor from whoever sends and receives them."""
     cdef clock_time time
-    if engine.moderation_ns and is_busy(pump):
+    if engine.moderation_ns and now_ns() < pump.busy_until:
         tally(&pump.moderations, 1)
         time.tv_sec = 0
         time.tv_nsec = <long>engine.moderation_ns
@@ -111,6 +121,7 @@ cdef inline void pump_tx(engine_state* engine, tx_state* tx) noexcept nogil:
         sent = transmit_batch(engine, tx)
         if sent != NOTHING:
             found(&spin)
+            measure_pace(&engine.tx)
             if sent == EMPTIED:
                 moderate(engine, &engine.tx)
         elif not looks_again(engine, &spin):
@@ -140,6 +151,10 @@ cdef inline void pump_rx(engine_state* engine, tx_state* tx, rx_state* rx) noexc
         sent = transmit_batch(engine, tx) if both else NOTHING
         if received != NOTHING or sent != NOTHING:
             found(&spin)
+            if received != NOTHING:
+                measure_pace(&engine.rx)
+            if sent != NOTHING:
+                measure_pace(&engine.tx)
             crowded += received != NOTHING and sent != NOTHING
             if crowded == CROWDED_ROUNDS:
                 crowded = 0

@@ -40,7 +40,7 @@ cdef struct pump_state:
     uint64_t drops[DROP_REASONS]
     uint64_t paced_ns        # when its pace was measured, and what it had carried by then
     uint64_t paced_packets
-    bint busy                # by that measurement
+    uint64_t busy_until      # by that measurement; each pump reads the other's
     uint64_t events_written  # ring of events: written by the pump ...
     uint64_t events_read     # ... and read by the event loop
     uint64_t events_lost

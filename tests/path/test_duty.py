@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
+import select
 import socket
 import statistics
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from dataplane.kernel.underlay import UDP_SEGMENT
 from dataplane.path.facts import SourceCheck
-from tests.path.rig import Rig, packet, running
+from tests.path.rig import Rig, packet, running, tcp_superframe
 from tests.pumps import held_back, on_our_processor
 
 BURSTS = 4
@@ -23,6 +26,9 @@ TURN = 300
 REWIRED = 200
 QUESTIONS = 100
 UNREAD = 100
+BESIDE = 50
+BUSY_PACKETS = 128
+"""In a millisecond: of _duty.pxd."""
 
 
 @pytest.fixture
@@ -130,6 +136,41 @@ async def test_a_pump_whose_looks_are_in_vain_sleeps_at_once(moderated: Rig) -> 
         await asyncio.sleep(0.005)
         calls.append(moderated.path.statistics().rx["calls"] - before)
     assert statistics.median(calls[20:]) <= 3, "one pump that is woken late now and then changes nothing"
+
+
+def looks_beside_a_flood(rig: Rig) -> tuple[float, float]:
+    """Superframes out by the TX thread, and a packet in now and then: the receives that RX asks of the kernel for each
+    of these, and how many packets TX carries in a millisecond."""
+    header, whole = tcp_superframe(60000, 1000)
+    back = packet("10.5.2.9", "10.5.1.2")
+    with on_our_processor() as pumps:
+        flood(rig, pumps)
+    for number in pumps:
+        os.sched_setaffinity(number, os.sched_getaffinity(0))
+    before, began = rig.path.statistics(), time.monotonic()
+    for _ in range(BESIDE):
+        for _ in range(8):
+            rig.pods.send(header.encode() + whole)
+        rig.send_from_peer(back)
+        rig.read_at_pod()
+    after, took = rig.path.statistics(), time.monotonic() - began
+    return (after.rx["calls"] - before.rx["calls"]) / BESIDE, (after.tx["packets"] - before.tx["packets"]) / took / 1000
+
+
+async def test_a_pump_beside_a_busy_one_does_not_look_in_vain(moderated: Rig) -> None:
+    looks = []
+    for _ in range(20):
+        found, pace = await asyncio.to_thread(looks_beside_a_flood, moderated)
+        await settled(moderated)
+        while select.select([moderated.peer], [], [], 0)[0]:
+            moderated.peer.recv(70000)
+        if pace >= 1.25 * BUSY_PACKETS:
+            looks.append(found)
+        if len(looks) == 5:
+            break
+    if len(looks) < 5:
+        pytest.skip(f"TX carries no {1.25 * BUSY_PACKETS:.0f} packets a millisecond here: the last time {pace:.0f}")
+    assert statistics.median(looks) <= 15, "25 to 70 where it looks again for 200 microseconds each time"
 
 
 async def settled(rig: Rig) -> None:
