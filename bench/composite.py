@@ -1,5 +1,5 @@
-"""Owns the workloads that are several samples: a sweep over offered loads, many peers, a change of all leases, a held
-GIL.
+"""Owns the workloads that are several samples: a sweep over offered loads, many peers, a change of all leases, a new
+table, a held GIL.
 
 Free of: how a sample is taken (exchange.py). Invariant: what a candidate has no means for is said as skipped with the
 reason, never as a figure; a disturbance is compared with an undisturbed sample of the same length beside it.
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from dataplane.bench import exchange, far
-from dataplane.bench.ends import MOST_FAR, Ends, FarLease, Timing, far_leases
+from dataplane.bench.ends import MOST_FAR, Ends, FarLease, Interval, Timing, far_leases
 from dataplane.bench.stand import Stand
 from dataplane.lab import LabError
 
@@ -30,6 +30,7 @@ _SETTLED = 30.0
 _SHARE = 0.5
 """Of its saturation: the load during a change, so that what is lost is the change's and not the load's."""
 HELD = 1.0
+_NO_DAEMON = "it is no daemon in Python that this harness has started"
 
 
 def sweep(stand: Stand, ends: Ends, timing: Timing, size: int) -> dict[str, Any]:
@@ -156,18 +157,49 @@ def _delayed(work: Callable[[], None], seconds: float) -> float:
     return time.monotonic() - began
 
 
+def table(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR) -> dict[str, Any]:
+    """Datagrams at saturation to the other node while the sending daemon publishes that `count` other routes lead to
+    another peer each: what a new table costs, beside all that it takes to learn of the leases in it."""
+    if ends.disturbed is None:
+        return {"skipped": _NO_DAEMON}
+    move = ends.disturbed.move
+    if move(count) is None:
+        return {"skipped": "the kernel carries its packets"}
+    length = replace(timing, seconds=max(timing.seconds, 2.0))
+    quiet = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
+    moved: list[Interval | None] = []
+    moving = threading.Timer(length.warmup + length.seconds / 2, lambda: moved.append(move(count)))
+    moving.start()
+    disturbed = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
+    moving.join()
+    began, ended = moved[0] if moved and moved[0] else (0.0, 0.0)
+    if not disturbed["started"] < began < ended < disturbed["started"] + disturbed["seconds"]:
+        raise LabError("the table was not replaced inside the window that is counted")
+    return {
+        "gap_ms": disturbed["longest_gap_ms"],
+        "quiet_gap_ms": quiet["longest_gap_ms"],
+        "loss": disturbed["loss"],
+        "quiet_loss": quiet["loss"],
+        "kpps": disturbed["kpps"],
+        "quiet_kpps": quiet["kpps"],
+        "published_ms": (ended - began) * 1e3,
+        "stolen_s": quiet["stolen_s"] + disturbed["stolen_s"],
+    }
+
+
 def gil(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:
     """Datagrams at saturation while a Python thread of the sending daemon holds the GIL for a second."""
-    if ends.hold is None:
-        return {"skipped": "it is no daemon in Python that this harness has started"}
+    if ends.disturbed is None:
+        return {"skipped": _NO_DAEMON}
+    hold = ends.disturbed.hold
     length = replace(timing, seconds=max(timing.seconds, HELD + 1.0))
     quiet = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
-    held: list[tuple[float, float]] = []
-    holding = threading.Timer(length.warmup + 0.7, lambda: held.append(ends.hold(HELD)) if ends.hold else None)
+    held: list[Interval] = []
+    holding = threading.Timer(length.warmup + 0.7, lambda: held.append(hold(HELD)))
     holding.start()
     disturbed = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
     holding.join()
-    if not held or held[0][1] - held[0][0] < 0.9 * HELD:
+    if not held or held[0].ended - held[0].began < 0.9 * HELD:
         raise LabError("the daemon has not held the GIL")
     inside = _slices(disturbed, *held[0])
     if len(inside) < 0.5 * HELD / _SLICE:

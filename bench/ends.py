@@ -6,10 +6,10 @@ whoever puts them and whoever sends to them mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 FAR_SUBNETS = (IPv4Network("10.192.0.0/11"), IPv4Network("10.224.0.0/12"))
 """Of the stand's network, below the subnets of its own nodes."""
@@ -41,6 +41,24 @@ def far_leases(count: int, generation: int = 0) -> list[FarLease]:
     ]
 
 
+class Interval(NamedTuple):
+    """When something was done, CLOCK_MONOTONIC in seconds."""
+
+    began: float
+    ended: float
+
+
+class Disturbed(Protocol):
+    """The first node's daemon, as it is disturbed from within. Raises LodenError."""
+
+    def hold(self, seconds: float) -> Interval:
+        """Let a thread sleep so long with the GIL held."""
+
+    def move(self, count: int) -> Interval | None:
+        """Publish that `count` routes, to subnets of far leases, lead to another peer; None where the kernel has the
+        routes."""
+
+
 class Leases(Protocol):
     """A candidate's way to leases besides those of its two nodes."""
 
@@ -59,9 +77,8 @@ class Ends:
     """Where traffic goes in and comes out: members of the stand, the far one's address, and the MTU between them.
 
     `processes`: those of the tunnel, on both nodes. `leases`: None where the harness can put none, and `why_no_leases`.
-    `hold`: lets the first node's daemon sleep for that many seconds with the GIL held, and gives the times
-    (CLOCK_MONOTONIC) at which it began and ended; None where there is no such daemon. `starts`: how often it took until
-    the path carried. `control`: the socket at which the first node's daemon captures; empty where none does."""
+    `disturbed`: None where there is no daemon of ours. `starts`: how often it took until the path
+    carried. `control`: the socket at which the first node's daemon captures; empty where none does."""
 
     source: str
     target: str
@@ -70,7 +87,7 @@ class Ends:
     processes: tuple[int, ...] = ()
     leases: Leases | None = None
     why_no_leases: str = "it has no table of leases"
-    hold: Callable[[float], tuple[float, float]] | None = None
+    disturbed: Disturbed | None = None
     starts: int = 1
     control: str = ""
 

@@ -18,16 +18,16 @@ from typing import Any
 
 from dataplane.bench import far
 from dataplane.bench.candidate import pod_to_pod
+from dataplane.bench.disturbing import Disturbance
 from dataplane.bench.ends import Ends
 from dataplane.bench.etcd import Etcd, EtcdLeases
-from dataplane.bench.holding import hold
 from dataplane.bench.stand import NETWORK, NODES, Stand
 from dataplane.debug import control
 from dataplane.errors import ConfigError, LodenError
 from dataplane.lab import LabError, plan
 from dataplane.lab.node import DAEMON
 
-_HOLDING = (sys.executable, "-P", "-m", "dataplane.bench.holding")
+_DISTURBED = (sys.executable, "-P", "-m", "dataplane.bench.disturbing")
 _HOST_GW = "host-gw"
 _NO_FAR_HOST_GW = "many next hops on one segment need as many neighbours, more than the kernel keeps for a namespace"
 _ATTEMPTS = 3
@@ -79,13 +79,13 @@ class Daemon:
         flags: Sequence[str] = (),
         *,
         with_leases: bool = False,
-        holding: bool = False,
+        disturbed: bool = False,
     ) -> None:
         self.name = name
         self._backend = backend or {"Type": "udp"}
         self._flags = flags
         self._with_leases = with_leases
-        self._holding = holding
+        self._disturbed = disturbed
 
     def up(self, stand: Stand) -> Ends:
         etcd = Etcd(stand) if self._with_leases else None
@@ -97,7 +97,7 @@ class Daemon:
             cli = [sys.executable, "-P", "-m", "dataplane.cli", "net-conf", "set", "-", f"-{store}"]
             stand.run("n1", cli, stdin=net_conf(self._backend))
         for node in NODES:
-            program = [*_HOLDING, str(self._holder(stand, node))] if self._holding else DAEMON
+            program = [*_DISTURBED, str(self._socket(stand, node))] if self._disturbed else DAEMON
             stand.start(f"n{node}", self.name, [*program, *_ask_for_subnet(stand, node), store, *self._flags])
         for node in NODES:
             stand.wait_for("it knew its peer", f"n{node}", self.name, partial(self._ready, stand, node))
@@ -108,7 +108,7 @@ class Daemon:
             pod_to_pod(stand, network.mtu),
             processes=stand.processes(self.name),
             why_no_leases="its leases are in its embedded store",
-            hold=partial(hold, self._holder(stand, 1)) if self._holding else None,
+            disturbed=Disturbance(self._socket(stand, 1)) if self._disturbed else None,
             control="" if self._backend["Type"] == _HOST_GW else f"{_subnet_file(stand, 1)}.sock",
         )
         if self._backend["Type"] == _HOST_GW:
@@ -118,8 +118,8 @@ class Daemon:
         return replace(ends, leases=EtcdLeases(stand, etcd, one_mac=not far.kernel_tunnels(stand)))
 
     @staticmethod
-    def _holder(stand: Stand, node: int) -> Path:
-        return stand.directory / f"n{node}-gil.sock"
+    def _socket(stand: Stand, node: int) -> Path:
+        return stand.directory / f"n{node}-disturb.sock"
 
     def _ready(self, stand: Stand, node: int) -> bool:
         try:

@@ -45,11 +45,11 @@ class Brought:
 def candidates(names: Sequence[str], brought: Brought, workloads: Sequence[Workload]) -> list[Candidate]:
     """Those named, then those brought. Raises ConfigError."""
     with_leases = any(workload.needs_leases for workload in workloads)
-    holding = any(workload.needs_holding for workload in workloads)
+    disturbed = any(workload.needs_disturbing for workload in workloads)
 
     def daemon(name: str, backend: str, flags: Sequence[str] = ()) -> Candidate:
         flags = [*brought.flags, *flags]
-        return Daemon(name, BACKENDS[backend], flags, with_leases=with_leases, holding=holding)
+        return Daemon(name, BACKENDS[backend], flags, with_leases=with_leases, disturbed=disturbed)
 
     makers: dict[str, Callable[[], Candidate]] = {
         "raw": Raw,

@@ -77,6 +77,15 @@ FIGURES: dict[str, Mapping[str, Figure]] = {
         "kpps": Figure("kpps", True, compared=False),
         "changed_s": Figure("s to write the change", False, compared=False),
     },
+    "table": {
+        "gap_ms": Figure("ms, longest gap while the table is replaced", False, compared=False),
+        "quiet_gap_ms": Figure("ms, longest gap without", False, compared=False),
+        "loss": Figure("loss while the table is replaced", False, compared=False),
+        "quiet_loss": Figure("loss without", False, compared=False),
+        "kpps": Figure("kpps while the table is replaced", True, compared=False),
+        "quiet_kpps": Figure("kpps without", True, compared=False),
+        "published_ms": Figure("ms for a new table", False, compared=False),
+    },
     "gil": {
         "held_kpps": Figure("kpps with the GIL held", True, compared=False),
         "quiet_kpps": Figure("kpps without", True, compared=False),
@@ -129,8 +138,8 @@ class Workload:
         return self.kind in ("peers", "publish")
 
     @property
-    def needs_holding(self) -> bool:
-        return self.kind == "gil"
+    def needs_disturbing(self) -> bool:
+        return self.kind in ("table", "gil")
 
     def run(self, stand: Stand, ends: Ends, timing: Timing, congestion: str) -> dict[str, Any]:
         """Sample once. `skipped` instead of figures where the candidate has no means for it. Raises LodenError where
@@ -140,7 +149,7 @@ class Workload:
 
 SYNTAX = (
     "tcp-FLOWS[-down|-both], udp-BYTES[@RATE], udp-mtu[@RATE], sweep-BYTES, sweep-mtu, rtt-busy, rtt-idle, rtt-load, "
-    f"connect, peers-COUNT (up to {MOST_FAR}), publish, gil, capture"
+    f"connect, peers-COUNT (up to {MOST_FAR}), publish, table, gil, capture"
 )
 
 
@@ -190,6 +199,7 @@ _NAMES: tuple[tuple[str, str, Callable[..., _Run | None]], ...] = (
     (r"connect", "connect", lambda: lambda stand, ends, timing, _: exchange.connect(stand, ends, timing)),
     (r"peers-(\d{1,5})", "peers", _peers),
     (r"publish", "publish", lambda: lambda stand, ends, timing, _: composite.publish(stand, ends, timing)),
+    (r"table", "table", lambda: lambda stand, ends, timing, _: composite.table(stand, ends, timing)),
     (r"gil", "gil", lambda: lambda stand, ends, timing, _: composite.gil(stand, ends, timing)),
     (r"capture", "capture", lambda: lambda stand, ends, timing, _: capturing.capture(stand, ends, timing)),
 )

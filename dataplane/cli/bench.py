@@ -23,12 +23,12 @@ _WORKLOADS = ("tcp-1", "tcp-4", "udp-64", "rtt-busy", "rtt-idle")
 _CANDIDATES = "raw host-gw kernel-vxlan vxlan udp baseline asyncio uvloop prototype"
 _SYNTAX = (
     "tcp-FLOWS[-down|-both] udp-BYTES[@RATE] udp-mtu sweep-BYTES sweep-mtu rtt-busy rtt-idle rtt-load connect "
-    "peers-COUNT publish gil capture"
+    "peers-COUNT publish table gil capture"
 )
 _QUICK = ("tcp-1", "udp-64", "rtt-busy")
 _FULL = (
     *("tcp-1", "tcp-4", "tcp-16", "tcp-1-down", "tcp-1-both", "udp-64", "udp-512", "udp-mtu", "sweep-64", "sweep-mtu"),
-    *("rtt-busy", "rtt-idle", "rtt-load", "connect", "peers-1", "peers-100", "peers-10000", "publish", "gil"),
+    *("rtt-busy", "rtt-idle", "rtt-load", "connect", "peers-1", "peers-100", "peers-10000", "publish", "table", "gil"),
     "capture",
 )
 REGRESSION = 3

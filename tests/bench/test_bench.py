@@ -211,10 +211,26 @@ def test_a_change_of_all_leases_under_load(up: Stand, backend: str) -> None:
 
 
 def test_a_held_gil_stops_no_packet(up: Stand) -> None:
-    with carrying(Daemon("udp", holding=True), up) as ends:
+    with carrying(Daemon("udp", disturbed=True), up) as ends:
         found = composite.gil(up, ends, Timing(0.2, 0.5))
         assert found["held_kpps"] > 1
         assert found["held_gap_ms"] < 900, "the path has waited for the GIL"
+
+
+@pytest.mark.parametrize("backend", ["udp", "vxlan"])
+def test_a_new_table_under_load(up: Stand, backend: str) -> None:
+    with carrying(Daemon(backend, BACKENDS[backend], disturbed=True), up) as ends:
+        found = composite.table(up, ends, Timing(0.2, 0.5), count=300)
+        assert min(found["kpps"], found["quiet_kpps"]) > 1
+        assert found["published_ms"] > 0
+        routes = control.request(ends.control, "status")["peers"]
+        assert sum(peer["subnet"].startswith("10.19") for peer in routes) == 300
+
+
+def test_a_path_in_the_kernel_has_no_table_to_replace(up: Stand) -> None:
+    kernel = {"Type": "vxlan", "Dataplane": "kernel"}
+    with carrying(Daemon("kernel", kernel, disturbed=True), up) as ends:
+        assert "kernel" in composite.table(up, ends, Timing(0.2, 0.5), count=300)["skipped"]
 
 
 def test_what_a_capture_costs_is_told_with_what_it_recorded(up: Stand) -> None:
@@ -235,7 +251,7 @@ def test_what_a_capture_costs_is_told_with_what_it_recorded(up: Stand) -> None:
 )
 def test_what_a_candidate_cannot_do_is_skipped_with_the_reason(up: Stand, candidate: Candidate) -> None:
     with carrying(candidate, up) as ends:
-        for name in ("peers-10", "publish", "gil"):
+        for name in ("peers-10", "publish", "table", "gil"):
             assert " " in Workload.parse(name).run(up, ends, Timing(0.1, 0.2), "cubic")["skipped"]
         if not ends.control:
             assert " " in Workload.parse("capture").run(up, ends, Timing(0.1, 0.2), "cubic")["skipped"]

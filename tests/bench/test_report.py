@@ -191,11 +191,11 @@ def test_turns_are_rotated_and_reversed() -> None:
 
 NAMES = [
     *("tcp-1", "tcp-16", "tcp-4-down", "tcp-1-both", "udp-64", "udp-mtu", "udp-64@20000", "sweep-64", "sweep-mtu"),
-    *("rtt-busy", "rtt-idle", "rtt-load", "connect", "peers-1", "peers-10000", "publish", "gil", "capture"),
+    *("rtt-busy", "rtt-idle", "rtt-load", "connect", "peers-1", "peers-10000", "publish", "table", "gil", "capture"),
 ]
 WRONG = [
     *("", "tcp", "tcp-0", "tcp-257", "tcp-1-up", "udp-11", "udp-65508", "udp-64@", "sweep-", "rtt-1", "sctp-1"),
-    *("peers-0", "peers-10001", "gil-1", "capture-1"),
+    *("peers-0", "peers-10001", "gil-1", "table-1", "capture-1"),
 ]
 
 
