@@ -7,18 +7,19 @@ reason, never as a figure; a disturbance is compared with an undisturbed sample 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dataplane.bench import exchange, far
-from dataplane.bench.ends import MOST_FAR, Ends, FarLease, Interval, Timing, far_leases
+from dataplane.bench.ends import MOST_FAR, Ends, FarLease, Timing, far_leases
 from dataplane.bench.stand import Stand
 from dataplane.lab import LabError
+
+T = TypeVar("T")
 
 LOST = 0.001
 """Of the offered datagrams: the bound of a sweep."""
@@ -115,20 +116,15 @@ def publish(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR, lea
             settle(stand, ends, leases)
             most = exchange.udp(stand, to, timing, _SIZE, spread=count)["kpps"]
             rate = _SHARE * most * 1e3
-            quiet, _ = _during(partial(ends.leases.rehearse, moved), stand, to, length, rate, count)
-            disturbed, took = _during(partial(ends.leases.put, moved), stand, to, length, rate, count)
+            sample = partial(exchange.udp, stand, to, length, _SIZE, rate, count)
+            quiet, _ = _during(partial(ends.leases.rehearse, moved), length.warmup + 0.5, sample)
+            disturbed, took = _during(
+                partial(_seconds, partial(ends.leases.put, moved)), length.warmup + 0.5, sample
+            )
             _taken(stand, ends, leases, length)
         finally:
             ends.leases.clear()
-    return {
-        "gap_ms": disturbed["longest_gap_ms"],
-        "quiet_gap_ms": quiet["longest_gap_ms"],
-        "loss": disturbed["loss"],
-        "quiet_loss": quiet["loss"],
-        "kpps": disturbed["kpps"],
-        "changed_s": took,
-        "stolen_s": quiet["stolen_s"] + disturbed["stolen_s"],
-    }
+    return {**_beside(disturbed, quiet), "changed_s": took}
 
 
 def _taken(stand: Stand, ends: Ends, leases: list[FarLease], length: Timing) -> None:
@@ -140,21 +136,33 @@ def _taken(stand: Stand, ends: Ends, leases: list[FarLease], length: Timing) -> 
         raise LabError(f"{len(leases)} leases are not changed in the {length.seconds:.0f} s of a sample")
 
 
-def _during(
-    work: Callable[[], None], stand: Stand, to: Ends, length: Timing, rate: float, count: int
-) -> tuple[dict[str, Any], float]:
-    """A sample with `work` done half a second into its window, and the seconds that this took. Raises LodenError."""
-    with ThreadPoolExecutor(1, thread_name_prefix="change of leases") as pool:
-        done = pool.submit(_delayed, work, length.warmup + 0.5)
-        figures = exchange.udp(stand, to, length, _SIZE, rate, count)
-        return figures, done.result()
+def _during(work: Callable[[], T], delay: float, sample: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], T]:
+    """What `sample` finds with `work` done `delay` seconds after its begin, and what that gave. Raises what they do."""
+    with ThreadPoolExecutor(1, thread_name_prefix="disturbance") as pool:
+        done = pool.submit(_after, delay, work)
+        return sample(), done.result()
 
 
-def _delayed(work: Callable[[], None], seconds: float) -> float:
-    time.sleep(seconds)
+def _after(delay: float, work: Callable[[], T]) -> T:
+    time.sleep(delay)
+    return work()
+
+
+def _seconds(work: Callable[[], None]) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
+
+
+def _beside(disturbed: dict[str, Any], quiet: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "gap_ms": disturbed["longest_gap_ms"],
+        "quiet_gap_ms": quiet["longest_gap_ms"],
+        "loss": disturbed["loss"],
+        "quiet_loss": quiet["loss"],
+        "kpps": disturbed["kpps"],
+        "stolen_s": quiet["stolen_s"] + disturbed["stolen_s"],
+    }
 
 
 def table(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR) -> dict[str, Any]:
@@ -166,42 +174,26 @@ def table(stand: Stand, ends: Ends, timing: Timing, count: int = MOST_FAR) -> di
     if move(count) is None:
         return {"skipped": "the kernel carries its packets"}
     length = replace(timing, seconds=max(timing.seconds, 2.0))
-    quiet = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
-    moved: list[Interval | None] = []
-    moving = threading.Timer(length.warmup + length.seconds / 2, lambda: moved.append(move(count)))
-    moving.start()
-    disturbed = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
-    moving.join()
-    began, ended = moved[0] if moved and moved[0] else (0.0, 0.0)
+    sample = partial(exchange.udp, stand, ends, length, _SIZE, timeline=_SLICE)
+    quiet = sample()
+    disturbed, moved = _during(partial(move, count), length.warmup + length.seconds / 2, sample)
+    began, ended = moved or (0.0, 0.0)
     if not disturbed["started"] < began < ended < disturbed["started"] + disturbed["seconds"]:
         raise LabError("the table was not replaced inside the window that is counted")
-    return {
-        "gap_ms": disturbed["longest_gap_ms"],
-        "quiet_gap_ms": quiet["longest_gap_ms"],
-        "loss": disturbed["loss"],
-        "quiet_loss": quiet["loss"],
-        "kpps": disturbed["kpps"],
-        "quiet_kpps": quiet["kpps"],
-        "published_ms": (ended - began) * 1e3,
-        "stolen_s": quiet["stolen_s"] + disturbed["stolen_s"],
-    }
+    return {**_beside(disturbed, quiet), "quiet_kpps": quiet["kpps"], "published_ms": (ended - began) * 1e3}
 
 
 def gil(stand: Stand, ends: Ends, timing: Timing) -> dict[str, Any]:
     """Datagrams at saturation while a Python thread of the sending daemon holds the GIL for a second."""
     if ends.disturbed is None:
         return {"skipped": _NO_DAEMON}
-    hold = ends.disturbed.hold
     length = replace(timing, seconds=max(timing.seconds, HELD + 1.0))
-    quiet = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
-    held: list[Interval] = []
-    holding = threading.Timer(length.warmup + 0.7, lambda: held.append(hold(HELD)))
-    holding.start()
-    disturbed = exchange.udp(stand, ends, length, _SIZE, timeline=_SLICE)
-    holding.join()
-    if not held or held[0].ended - held[0].began < 0.9 * HELD:
+    sample = partial(exchange.udp, stand, ends, length, _SIZE, timeline=_SLICE)
+    quiet = sample()
+    disturbed, held = _during(partial(ends.disturbed.hold, HELD), length.warmup + 0.7, sample)
+    if held.ended - held.began < 0.9 * HELD:
         raise LabError("the daemon has not held the GIL")
-    inside = _slices(disturbed, *held[0])
+    inside = _slices(disturbed, *held)
     if len(inside) < 0.5 * HELD / _SLICE:
         raise LabError("the GIL was held outside of the window that is counted")
     return {

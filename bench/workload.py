@@ -43,6 +43,17 @@ _TRIPS = {
     "p999_us": Figure("us p99.9", False, compared=False),
     "loss": Figure("loss", False, compared=False),
 }
+
+
+def _beside(disturbed: str, quiet: str) -> dict[str, Figure]:
+    return {
+        "gap_ms": Figure(f"ms, longest gap {disturbed}", False, compared=False),
+        "quiet_gap_ms": Figure(f"ms, longest gap {quiet}", False, compared=False),
+        "loss": Figure(f"loss {disturbed}", False, compared=False),
+        "quiet_loss": Figure(f"loss {quiet}", False, compared=False),
+    }
+
+
 FIGURES: dict[str, Mapping[str, Figure]] = {
     "tcp": {
         "gbit_s": Figure("Gbit/s", True),
@@ -70,18 +81,12 @@ FIGURES: dict[str, Mapping[str, Figure]] = {
         "settled_s": Figure("s until all leases were taken", False, compared=False),
     },
     "publish": {
-        "gap_ms": Figure("ms, longest gap while leases change", False, compared=False),
-        "quiet_gap_ms": Figure("ms, longest gap while the store is written elsewhere", False, compared=False),
-        "loss": Figure("loss while leases change", False, compared=False),
-        "quiet_loss": Figure("loss while the store is written elsewhere", False, compared=False),
+        **_beside("while leases change", "while the store is written elsewhere"),
         "kpps": Figure("kpps", True, compared=False),
         "changed_s": Figure("s to write the change", False, compared=False),
     },
     "table": {
-        "gap_ms": Figure("ms, longest gap while the table is replaced", False, compared=False),
-        "quiet_gap_ms": Figure("ms, longest gap without", False, compared=False),
-        "loss": Figure("loss while the table is replaced", False, compared=False),
-        "quiet_loss": Figure("loss without", False, compared=False),
+        **_beside("while the table is replaced", "without"),
         "kpps": Figure("kpps while the table is replaced", True, compared=False),
         "quiet_kpps": Figure("kpps without", True, compared=False),
         "published_ms": Figure("ms for a new table", False, compared=False),
