@@ -93,10 +93,11 @@ cdef inline void measure_pace(pump_state* pump) noexcept nogil:
 
 
 cdef inline void moderate(engine_state* engine, pump_state* pump) noexcept nogil:
-    """What comes at a high rate is left alone for a moment once all was carried, and carried together then: neither looks
-    in vain nor a send for every few packets take the processor from whoever sends and receives them."""
+    """Of a pump whose pace was just measured. What comes at a high rate is left alone for a moment once all was carried,
+    and carried together then: neither looks in vain nor a send for every few packets take the processor from whoever
+    sends and receives them."""
     cdef clock_time time
-    if engine.moderation_ns and now_ns() < pump.busy_until:
+    if engine.moderation_ns and pump.busy_until:
         tally(&pump.moderations, 1)
         time.tv_sec = 0
         time.tv_nsec = <long>engine.moderation_ns
